@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 QUICK = tests/test_architecture.py tests/config/test_load.py tests/losses tests/eval
 
-.PHONY: demo demo-chat quick test docs words test-processes test-cuda test-full test-serving test-serving-kinds gpu-check check format install clean
+.PHONY: demo demo-chat quick test docs words test-processes test-cuda test-full headers test-serving test-serving-kinds gpu-check check format install clean
 
 demo: $(INSTALLED)
 	$(BIN)/drafttrain fit recipes/demo.yaml
@@ -29,6 +29,10 @@ test-processes: $(INSTALLED)
 # Tensors that claim to be on CUDA: the guard must be loaded before torch, so it is a process of its own.
 test-cuda: $(INSTALLED)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -p tests.cuda.plugin -m pretended_cuda tests/cuda -rs --durations=10
+
+# The figures in the headers of all recipes for real models, counted again: minutes.
+headers: $(INSTALLED)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n 2 -m slow tests/commands/test_plan_header.py
 
 test-full: $(INSTALLED)
 	OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m "not gpu and not multi_gpu and not multi_host and not serving and not pretended_cuda"

@@ -28,7 +28,7 @@ from drafttrain.core.provenance import commit, processor
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.figures import compare
 from drafttrain.eval.length.tree import TreeSettings
-from drafttrain.eval.metrics import PromptCounts
+from drafttrain.eval.metrics import PromptCounts, over_seeds
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.result import Result, read_result
 from drafttrain.eval.settings import length_label
@@ -229,17 +229,13 @@ def tested(seed: Seed, kind: str, rate: float) -> Tested:
     return Tested(result, mbsu, rate, count)
 
 
-def over_seeds(repetitions: Sequence[Tested], number: int, arm: str) -> list[PromptCounts]:
-    """Return the counts of every prompt, summed over the seeds: a prompt's seeds depend on each other.
+def summed(repetitions: Sequence[Tested], number: int, arm: str) -> list[PromptCounts]:
+    """Return the counts of every prompt, summed over the seeds.
 
     Args:
         number: Of the temperature.
     """
-    by_seed = [one.result.temperatures[number].drafters[arm].prompts for one in repetitions]
-    return [
-        replace(same[0], num_tokens=sum(one.num_tokens for one in same), num_rounds=sum(one.num_rounds for one in same))
-        for same in zip(*by_seed, strict=True)
-    ]
+    return over_seeds([one.result.temperatures[number].drafters[arm].prompts for one in repetitions])
 
 
 def table(results: dict[str, list[Tested]]) -> str:
@@ -257,7 +253,7 @@ def table(results: dict[str, list[Tested]]) -> str:
                 continue
             for number, part in enumerate(first.result.temperatures):
                 found = [one.result.temperatures[number].drafters[kind + suffix] for one in repetitions]
-                counts = over_seeds(repetitions, number, kind + suffix)
+                counts = summed(repetitions, number, kind + suffix)
                 pooled = ratio_interval([one.num_tokens for one in counts], [one.num_rounds for one in counts])
                 lines.append(
                     f"| `{kind}` | {first.trained_parameters:,} | {first.rate:g} | {draft} | {part.temperature:g} "
@@ -273,7 +269,7 @@ def order(results: dict[str, list[Tested]]) -> str:
     """Return the kinds from the best chain to the worst, each with its difference to the one above on the same prompts."""
     lines = []
     for number, temperature in enumerate((0.0, 1.0)):
-        counts = {kind: over_seeds(repetitions, number, kind) for kind, repetitions in results.items()}
+        counts = {kind: summed(repetitions, number, kind) for kind, repetitions in results.items()}
         values = {
             kind: sum(one.num_tokens for one in found) / sum(one.num_rounds for one in found)
             for kind, found in counts.items()

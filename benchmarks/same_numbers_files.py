@@ -16,8 +16,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-TIMES = ["at", "date", "seconds", "prefill_seconds", "draft_seconds", "verify_seconds", "step_ms", "fetch_ms", "mfu"]
-TIMES += ["target_ms", "forward_ms", "backward_ms", "optimizer_ms", "validation_ms", "checkpoint_ms"]
+TIMES = [
+    "at",
+    "date",
+    "seconds",
+    "prefill_seconds",
+    "draft_seconds",
+    "verify_seconds",
+    "step_ms",
+    "fetch_ms",
+    "draw_ms",
+]
+TIMES += ["target_ms", "forward_ms", "backward_ms", "optimizer_ms", "validation_ms", "checkpoint_ms", "mfu"]
 SPEEDS = ["tokens/s", "speed-up", "tokens_per_second", "speedup", "speed"]
 SPEEDS += ["plain_tokens_per_second", "transformers_generate_tokens_per_second"]
 MACHINE = ["provenance", "reason", "user", "inode", "states", "name_or_path"]

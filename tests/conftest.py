@@ -70,6 +70,15 @@ def _same_draws() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def evaluated_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `fit` evaluate in this process."""
+    # It imports most of the package, which few tests need.
+    from tests.evaluated_here import evaluate_here
+
+    evaluate_here(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny target's folder."""

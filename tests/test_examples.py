@@ -1,22 +1,42 @@
 """The scripts under examples/ run as they are, and the Python API that they use is what the package promises."""
 
+import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import drafttrain
+from drafttrain.losses import losses
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name: str, *words: str, folder: Path) -> str:
-    """Run a script in a folder; return what it prints on stdout."""
-    command = [sys.executable, str(EXAMPLES / name), *words]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+class Example:
+    """A script that is run in this process, in a folder, with words on its command line."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, printed: pytest.CaptureFixture[str]) -> None:
+        self._patch, self._printed = patch, printed
+        patch.chdir(folder)
+        # As Python does for a script.
+        patch.syspath_prepend(EXAMPLES)
+
+    def run(self, name: str, *words: str) -> str:
+        """Run a script; return what it prints on stdout."""
+        self._patch.setattr(sys, "argv", [name, *words])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return self._printed.readouterr().out
+
+
+@pytest.fixture
+def example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], evaluated_here: None
+) -> Iterator[Example]:
+    yield Example(tmp_path, monkeypatch, capsys)
+    sys.modules.pop("hellinger_loss", None)
+    losses._entries.pop("hellinger", None)
 
 
 def test_every_example_is_run_here():
@@ -29,20 +49,24 @@ def test_every_example_is_run_here():
 
 
 def test_two_drafters_are_compared(tmp_path):
-    stdout = run("compare_drafters.py", "--num-prompts", "3", "--max-new-tokens", "12", folder=tmp_path)
+    """In a process of its own, as a user runs it."""
+    command = [sys.executable, str(EXAMPLES / "compare_drafters.py"), "--num-prompts", "2", "--max-new-tokens", "8"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    stdout = done.stdout
     assert "block efficiency" in stdout
     assert stdout.count("  B  ") >= 2
 
 
-def test_a_loss_of_the_script_trains_a_drafter_that_is_exported(tmp_path):
-    stdout = run("train_with_own_loss.py", "--smoke", "--folder", "run", folder=tmp_path)
+def test_a_loss_of_the_script_trains_a_drafter_that_is_exported(example, tmp_path):
+    stdout = example.run("train_with_own_loss.py", "--smoke", "--folder", "run")
     assert "exported: run/drafter" in stdout
     assert (tmp_path / "run" / "drafter" / "model.safetensors").is_file()
     assert "hellinger" in (tmp_path / "run" / "recipe.yaml").read_text()
 
 
-def test_a_proposer_of_the_script_changes_no_text(tmp_path):
-    assert "text unchanged" in run("own_proposer.py", "--num-prompts", "4", folder=tmp_path)
+def test_a_proposer_of_the_script_changes_no_text(example):
+    assert "text unchanged" in example.run("own_proposer.py", "--num-prompts", "4")
 
 
 def test_the_package_promises_four_functions():

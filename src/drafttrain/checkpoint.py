@@ -16,6 +16,13 @@ from drafttrain.target_model import Target
 ABOUT = "drafttrain.json"
 
 
+OWN_TOKENIZER = (
+    "its tokenizer is its own, and engines pass it the target's token ids. Decode with drafttrain eval, or with transformers' "
+    "generate(assistant_model=..., tokenizer=..., assistant_tokenizer=...), which read the format hf"
+)
+"""Why formats and engines refuse such a drafter."""
+
+
 @dataclass(frozen=True)
 class About:
     """The contents of drafttrain.json."""
@@ -28,6 +35,8 @@ class About:
     trained_steps: int
     draft: str = "sampled"
     """How it drafts at temperature > 0: sampled or greedy."""
+    own_tokenizer: bool = False
+    """The tokenizer in its folder is the drafter's own, another one than the target's."""
 
 
 def write_about(folder: Path, about: About) -> None:

@@ -52,7 +52,9 @@ def test_help_is_there_within_a_second_of_processor_time():
     assert b"Exit codes" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["fit", "gen", "plan", "export", "eval", "recipe", "engines", "serve-config"])
+@pytest.mark.parametrize(
+    "command", ["fit", "gen", "plan", "sweep", "export", "eval", "recipe", "engines", "serve-config"]
+)
 def test_every_command_explains_itself(command):
     assert "Usage" in call(command, "--help")[0]
 
@@ -72,7 +74,7 @@ def test_every_bundled_recipe_passes_its_check():
     assert stdout.count(": ok") == len(paths)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_every_bundled_recipe_trains_under_any_stage_but_that_of_online_learning(stage):
     paths = [str(recipe.path) for recipe in bundled_recipes() if recipe.name != "online"]
     stdout, _ = call("recipe", "check", *paths, "train.devices=2", f"train.deepspeed.stage={stage}")

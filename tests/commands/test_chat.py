@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 from drafttrain.cli import app
 from drafttrain.commands import chat as command
 from drafttrain.core.marked_text import MarkedOutput
-from drafttrain.eval.fastest_length import fastest_length
+from drafttrain.core.provenance import processor
+from drafttrain.eval.fastest_length import Fastest, fastest_of, known_lengths
+from drafttrain.eval.interval import Interval
 from drafttrain.eval.parity import Divergence, Parity
 from drafttrain.eval.result import AtTemperature, Speedup
 from drafttrain.eval.speed import Speed
@@ -75,7 +77,7 @@ def test_stdin_has_a_question_a_line_and_turns_are_kept(folders):
     assert "never" not in stdout
 
 
-def test_the_length_is_chosen_by_the_command_or_by_the_evaluation(folders):
+def test_the_length_is_chosen_by_the_command_or_by_the_evaluation_and_rounds_timed_here(folders):
     texts = [call(folders, "why?", "--no-marks")[0]]
     for arguments, words in (
         (("--length", "tree", "--draft-tokens", "9"), "tree 9"),
@@ -90,21 +92,36 @@ def test_the_length_is_chosen_by_the_command_or_by_the_evaluation(folders):
         length={"kind": "tree", "num_draft_tokens": 6, "depth": 3, "width": 2},
         speedup=Speedup(1.7, 1.6, 1.8, 8, baseline=""),
     )
-    result({"drafter": figures(), "drafter (tree 6)": tree}).write(path)
+    made = result({"drafter": figures(), "drafter (tree 6)": tree})
+    provenance = replace(made.provenance, machine=replace(made.provenance.machine, processor=processor()))
+    here = replace(made, target=replace(made.target, dtype="float64"), provenance=provenance)
+    elsewhere = replace(here, target=replace(made.target, dtype="bfloat16"))
     try:
-        assert ": tree 6, depth 3, width 2, the fastest of its evaluation" in call(folders, "why?")[1]
+        here.write(path)
+        assert ": tree 6, depth 3, width 2, the fastest of its evaluation\n" in call(folders, "why?")[1]
+        elsewhere.write(path)
+        chosen = r": (fixed 5|tree 6, .*), the fastest here, by its evaluation [\d.]+ times as fast as plain"
+        assert re.search(chosen, call(folders, "why?")[1])
         assert ": fixed 3\n" in call(folders, "why?", "--draft-tokens", "3", "--max-new-tokens", "1")[1]
     finally:
         path.unlink()
 
 
-def test_the_fastest_length_is_the_judged_drafters_own_lossless_and_of_the_nearest_temperature(tmp_path):
-    def at(speed: float, count: int, **changes: object) -> object:
-        length = {"kind": "fixed", "num_draft_tokens": count}
-        return figures(length=length, speedup=Speedup(speed, 1, 2, 8, baseline=""), **changes)
+def test_the_fastest_length_has_the_most_tokens_a_second_not_the_most_a_round():
+    known = [("tree 12", 2.4), ("chain of 2", 1.6)]
+    assert fastest_of(known, [1.2, 1.1], plain_seconds=1.0) == Fastest("tree 12", pytest.approx(2.0))
+    assert fastest_of(known, [2.4, 1.28], plain_seconds=1.0) == Fastest("chain of 2", pytest.approx(1.25))
 
+
+def test_known_lengths_are_the_judged_drafters_own_lossless_ones_and_of_the_nearest_temperature(tmp_path):
+    def at(value: float, count: int, **changes: object) -> object:
+        length = {"kind": "fixed", "num_draft_tokens": count}
+        speedup = Speedup(3 - value, 1, 2, 8, baseline="")
+        return figures(length=length, block_efficiency=Interval(value, 1, 2, 8), speedup=speedup, **changes)
+
+    replay = {"1": Interval(1.3, 1, 2, 8), "2": Interval(1.5, 1, 2, 8)}
     arms = {
-        "drafter": at(1.2, 1),
+        "drafter": at(1.2, 1, replay=replay),
         "start": at(1.9, 2),
         "drafter (fixed 3)": at(1.4, 3),
         "drafter (fixed 4)": at(1.8, 4, exactness="lossy"),
@@ -113,10 +130,15 @@ def test_the_fastest_length_is_the_judged_drafters_own_lossless_and_of_the_neare
     hot = AtTemperature(1.0, cold.temperatures[0].plain, {"drafter": at(1.1, 7)}, {})
     drafter = tmp_path / "drafter"
     drafter.mkdir()
-    assert fastest_length(drafter, temperature=0.0) is None
+    assert known_lengths(drafter, temperature=0.0) is None
     replace(cold, temperatures=[*cold.temperatures, hot]).write(tmp_path / "eval.json")
-    found = [fastest_length(drafter, temperature=t) for t in (0.0, 0.7)]
-    assert [length and length["num_draft_tokens"] for length in found] == [3, 7]
+    found = [known_lengths(drafter, temperature=t) for t in (0.0, 0.7)]
+    # A chain that was evaluated is not taken from replay.
+    assert [[(one["num_draft_tokens"], value) for one, value in known.block_efficiencies] for known in found] == [
+        [(1, 1.2), (3, 1.4), (2, 1.5)],
+        [(7, 1.1)],
+    ]
+    assert [known.fastest["num_draft_tokens"] for known in found] == [1, 7]
 
 
 def test_measure_ends_with_the_speed_up_and_its_interval(folders):

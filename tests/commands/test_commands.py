@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from drafttrain.commands.evaluate import evaluate_recipe
 from drafttrain.commands.export import export_run
 from drafttrain.commands.fit import fit
 from drafttrain.commands.gen import gen
-from drafttrain.config.bundled import bundled_recipes
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DrafttrainError, GateError, RecipeError
 from drafttrain.core.files import clear_leftovers
@@ -33,6 +33,7 @@ from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.target_model import Target
 from drafttrain.training.metrics_log import COLUMNS, TIMES
 from drafttrain.training.result import folder_of_step
+from tests.evaluated_here import evaluate_here
 from tests.training import waiting_loss
 
 RECIPE = """
@@ -51,8 +52,8 @@ eval: {{num_prompts: 2, max_new_tokens: 8, prompt_tokens: 6, speed_prompts: 1, p
 """
 
 
-@pytest.fixture
-def recipe(tmp_path, tiny_folder) -> Path:
+def written_recipe(tmp_path: Path, tiny_folder: Path) -> Path:
+    """Write the recipe and the texts that it reads."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 40)
     lines = [json.dumps({"id": str(i), "text": f"prompt number {i} is here"}) for i in range(4)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
@@ -66,6 +67,21 @@ def recipe(tmp_path, tiny_folder) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(text)
     return path
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_folder) -> Path:
+    return written_recipe(tmp_path, tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_folder) -> Path:
+    """The folder of a finished run of the recipe; not to be changed."""
+    place = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        evaluate_here(patch)
+        fit(load_recipe(written_recipe(place, tiny_folder)), place / "run")
+    return place / "run"
 
 
 def curve(folder: Path) -> list[tuple[str, ...]]:
@@ -122,6 +138,7 @@ def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, c
     assert 'src="http' not in page
 
 
+@pytest.mark.usefixtures("evaluated_here")
 def test_a_gate_that_is_not_met_rejects_the_drafter_and_says_by_how_much(recipe, tmp_path):
     loaded = load_recipe(recipe, ["export.require.block_efficiency=5.5", "drafter.draft=greedy", "export.to=[vllm]"])
     with pytest.raises(GateError, match=r"required 5\.5") as caught:
@@ -134,6 +151,7 @@ def test_a_gate_that_is_not_met_rejects_the_drafter_and_says_by_how_much(recipe,
     assert read_drafter(tmp_path / "run" / "drafter.rejected", target).draft == "greedy"
 
 
+@pytest.mark.usefixtures("evaluated_here")
 def test_a_trained_run_is_judged_evaluated_and_exported_anew_without_being_trained_again(recipe, tmp_path):
     folder = tmp_path / "run"
     quick = ["eval.temperatures=[0]", "eval.speed_prompts=0", "train.eval_every_steps=0"]
@@ -160,6 +178,7 @@ def test_a_trained_run_is_judged_evaluated_and_exported_anew_without_being_train
         evaluate_recipe(load_recipe(recipe, ["train.lr=1e-5"]), folder)
 
 
+@pytest.mark.usefixtures("evaluated_here")
 def test_another_step_that_was_kept_can_be_exported(recipe, tmp_path):
     quick = ["eval.temperatures=[0]", "eval.speed_prompts=0", "train.keep_best=2"]
     folder = tmp_path / "run"
@@ -301,13 +320,13 @@ def test_a_killed_training_continues_bit_for_bit(recipe, tmp_path, kill):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_a_run_whose_last_checkpoint_is_its_last_step_ends_as_it_would_have(recipe, tmp_path):
-    loaded = load_recipe(recipe)
-    fit(loaded, tmp_path / "run")
-    before = (tmp_path / "run" / "train.json").read_text()
-    (tmp_path / "run" / "train.json").unlink()
-    fit(loaded, tmp_path / "run")
-    assert (tmp_path / "run" / "train.json").read_text() == before
+def test_a_run_whose_last_checkpoint_is_its_last_step_ends_as_it_would_have(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    before = (folder / "train.json").read_text()
+    (folder / "train.json").unlink()
+    fit(load_recipe(folder), folder)
+    assert (folder / "train.json").read_text() == before
 
 
 def test_a_test_prompt_in_the_training_text_is_dropped_whatever_the_other_prompts_are_called(recipe, tmp_path):
@@ -323,6 +342,7 @@ def test_a_test_prompt_in_the_training_text_is_dropped_whatever_the_other_prompt
     assert contaminated_prompts(run, str(tmp_path / "validation.jsonl")) == []
 
 
+@pytest.mark.usefixtures("evaluated_here")
 def test_pretraining_comes_first_reads_plain_text_only_and_its_end_is_the_start(recipe, tmp_path):
     text = f"{{kind: text, path: {tmp_path / 'text.txt'}}}"
     wanted = ["train.pretrain={max_steps: 6, batch_size: 4, warmup_steps: 1}", "export.dtype=float32"]
@@ -341,77 +361,17 @@ def test_pretraining_comes_first_reads_plain_text_only_and_its_end_is_the_start(
             load_recipe(recipe, [*wanted, generated, f"data.sources=[{{kind: generated}}{unread}]"])
 
 
-def test_eval_runs_where_lightning_and_deepspeed_are_not_installed(recipe, tmp_path):
-    fit(load_recipe(recipe), tmp_path / "run")
+def test_eval_runs_where_lightning_and_deepspeed_are_not_installed(finished):
     blocked = (
         "import sys\n"
         "for name in ('lightning', 'pytorch_lightning', 'deepspeed'): sys.modules[name] = None\n"
         "from drafttrain.cli import main\n"
-        f"sys.argv = ['drafttrain', 'eval', {str(tmp_path / 'run' / 'drafter')!r}, {str(tmp_path / 'run' / 'start')!r},"
+        f"sys.argv = ['drafttrain', 'eval', {str(finished / 'drafter')!r}, {str(finished / 'start')!r},"
         f" 'eval.num_prompts=2', 'eval.max_new_tokens=4', 'eval.speed_prompts=0',"
-        f" 'eval.prompts={tmp_path / 'prompts.jsonl'}']\n"
+        f" 'eval.prompts={finished.parent / 'prompts.jsonl'}']\n"
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "A - B" in done.stderr
     assert "block efficiency" in done.stdout
-
-
-EMBEDDED = [
-    "target.model=builtin:target",
-    "target.dtype=float32",
-    "data.generate.prompts={kind: stdlib}",
-    "data.generate.backend={kind: builtin}",
-    "train.precision=fp32",
-]
-"""A recipe for a real target, on the embedded one."""
-EMBEDDED_TEXT = ["eval.prompts=builtin:test", "eval.validation_prompts=builtin:validation"]
-"""Prompts for a target without a chat template."""
-
-
-def smoked(name: str) -> object:
-    """The kinds of these recipes are smoked by the tiny ones; the whole path of each is left to the long tests."""
-    long = (
-        (name.endswith(("_8b", "_7b")) and not name.startswith("kd_"))
-        or name.startswith("smollm2_")
-        or name in {"tiny_medusa2", "tiny_domino", "tiny_dflash2", "tiny_xpress"}
-    )
-    return pytest.param(name, marks=[pytest.mark.slow] if long else [])
-
-
-@pytest.mark.parametrize("name", [smoked(one.name) for one in bundled_recipes()])
-def test_every_recipe_runs_with_smoke(name, tmp_path):
-    """The path of every bundled recipe, shrunk; models that are not here, or that take minutes, are builtin ones."""
-    overrides = {
-        "kd_qwen3_8b_0.6b": [
-            "target.model=builtin:target",
-            "target.dtype=float32",
-            "drafter.checkpoint=builtin:drafter",
-            "data.generate.prompts={kind: stdlib}",
-            "data.generate.backend={kind: builtin}",
-            "train.precision=fp32",
-        ],
-        "tiny_judge": ["target.model=builtin:adder", "head.drafter=builtin:adder_drafter"],
-        "kangaroo_llama3.1_8b": [*EMBEDDED, "export.dtype=float32"],
-        "medusa_llama3.1_8b": EMBEDDED,
-        "eagle3_llama3.1_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
-        "eagle3_qwen3_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
-        "mtp_mimo_7b": [*EMBEDDED, "drafter.init=random", "export.to=[]"],
-        "eagle3_1_qwen3_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
-        "domino_qwen3_8b": [*EMBEDDED, "drafter.mask_token_id=1"],
-        "xpress_qwen3_8b": [*EMBEDDED, "drafter.mask_token_id=1"],
-        "dflash2_qwen3_8b": [*EMBEDDED, "drafter.mask_token_id=1"],
-        "p_eagle_qwen3_8b": [*EMBEDDED, "drafter.draft_vocab_size=512", "drafter.mask_token_id=1"],
-        "dflash_qwen3_8b": [*EMBEDDED, "drafter.mask_token_id=1"],
-        "smollm2_eagle3": [*EMBEDDED, *EMBEDDED_TEXT, "drafter.draft_vocab_size=512"],
-        "smollm2_medusa": [*EMBEDDED, *EMBEDDED_TEXT, "drafter.draft_vocab_size=512"],
-        "smollm2_kangaroo": [*EMBEDDED, *EMBEDDED_TEXT, "drafter.draft_vocab_size=512", "export.dtype=float32"],
-        "smollm2_draft": [*EMBEDDED, *EMBEDDED_TEXT, "drafter.hidden_size=64", "drafter.num_heads=2"],
-    }
-    short = [] if name == "demo" else ["eval.max_new_tokens=8", "eval.temperatures=[0]", "train.max_steps=10"]
-    short += ["train.warmup_steps=5"] if short else []
-    recipe = load_recipe(name, [*short, *overrides.get(name, [])], smoke=True)
-    fit(recipe, tmp_path / "run")
-    trained = "head" if recipe.head is not None else "drafters/current" if recipe.online is not None else "drafter"
-    assert (tmp_path / "run" / trained / "model.safetensors").exists()

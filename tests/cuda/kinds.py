@@ -111,6 +111,18 @@ KINDS |= {
     if name not in {kind.drafter["kind"] for kind in KINDS.values()}
 }
 
+ON_POLICY = Kind(
+    KINDS["causal_lm"].drafter,
+    {"kind": "reverse_kl"},
+    {
+        "on_policy": {
+            **{"fraction": 0.5, "drafter_share": 0.5, "max_new_tokens": 6, "min_prompt_tokens": 6},
+            **{"every_steps": 2, "batch_size": 2},
+        }
+    },
+)
+"""Answers by both models."""
+
 IN_PROCESSES = "eagle3_cut"
 """The kind that several processes train."""
 

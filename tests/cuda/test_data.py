@@ -20,7 +20,8 @@ from drafttrain.data_gen.backends.builtin import continuations
 from drafttrain.data_gen.checkers import checkers
 from drafttrain.data_gen.packing import pack
 from drafttrain.data_gen.settings import DataSettings
-from drafttrain.data_gen.stored.target_cache import build_cache, with_stored
+from drafttrain.data_gen.stored.cache_writer import build_cache
+from drafttrain.data_gen.stored.target_cache import with_stored
 from drafttrain.data_gen.stored.validation_target import _Texts, cached_target
 from drafttrain.data_gen.stored.wanted import Wanted
 from drafttrain.target_model import Target
@@ -95,12 +96,13 @@ def test_acceptance_labels_of_every_kind_that_drafts_token_by_token(name: str, t
     assert len(rows) > 0
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("form", CACHES)
-def test_every_cache_is_written_and_read_by_a_batch(form: Any, target: Target, tmp_path: Path) -> None:
+def test_every_cache_is_written_and_read_by_a_batch(form: Any, dtype: Any, target: Target, tmp_path: Path) -> None:
     drafter = new_drafter("eagle3", target)
     records = texts((14, 11))
     held = _Texts([record.tokens for record in records])
-    wanted = Wanted(form, drafter.needs(), 8, "bfloat16")
+    wanted = Wanted(form, drafter.needs(), 8, dtype)
     cache = build_cache(tmp_path, held, range(2), target, wanted=wanted, max_gb=1)
     batch, places = pack(records, width=32, weight_of_step=1.0)
     batch = with_stored(batch, places, [(cache, number, len(one.tokens)) for number, one in enumerate(records)])
@@ -109,7 +111,7 @@ def test_every_cache_is_written_and_read_by_a_batch(form: Any, target: Target, t
     logits_NV = batch.target_rows.at(torch.arange(5, device="cuda:0"))
     assert str(logits_NV.device) == "cuda:0"
     with torch.autocast("cuda", torch.bfloat16):
-        assert drafter(batch).states_BTD[1].is_cuda
+        assert drafter(batch.restored()).states_BTD[1].is_cuda
 
 
 def test_a_stored_target_answers_on_the_device(target: Target, tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ from drafttrain.pipeline.data import write_texts as write_data
 from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.pipeline.evaluating import evaluate_folders
 from tests.cuda.happenings import Happenings
-from tests.cuda.kinds import KINDS, recipe, write_texts
+from tests.cuda.kinds import KINDS, ON_POLICY, recipe, write_texts
 
 pytestmark = pytest.mark.pretended_cuda
+
+WAYS = {**KINDS, "on_policy": ON_POLICY}
 
 
 def stop_in_step(run: DrafterRun, step: int) -> None:
@@ -33,12 +35,12 @@ def stop_in_step(run: DrafterRun, step: int) -> None:
     run.drafter.register_forward_pre_hook(ask)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", WAYS)
 def test_every_kind_goes_all_the_way_on_one_gpu(
     name: str, tmp_path: Path, target_folder: Path, cuda: Happenings
 ) -> None:
     write_texts(tmp_path)
-    made = recipe(KINDS[name], target=target_folder, folder=tmp_path)
+    made = recipe(WAYS[name], target=target_folder, folder=tmp_path)
     run = DrafterRun(made, tmp_path / "run")
     write_data(run)
     assert run.target.device == next(run.drafter.parameters()).device == torch.device("cuda:0")

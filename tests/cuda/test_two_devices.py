@@ -10,17 +10,19 @@ import torch
 from drafttrain.core.errors import RecipeError
 from drafttrain.pipeline.data import write_texts as write_data
 from drafttrain.pipeline.drafter_run import DrafterRun
-from tests.cuda.kinds import KINDS, recipe, write_texts
+from tests.cuda.kinds import KINDS, ON_POLICY, recipe, write_texts
 
 pytestmark = pytest.mark.pretended_cuda
 
+WAYS = {**KINDS, "on_policy": ON_POLICY}
 
-@pytest.mark.parametrize("name", KINDS)
+
+@pytest.mark.parametrize("name", WAYS)
 def test_every_kind_trains_beside_its_target_or_is_refused_by_name(
     name: str, tmp_path: Path, target_folder: Path
 ) -> None:
     write_texts(tmp_path)
-    kind = KINDS[name]
+    kind = WAYS[name]
     if "joint" in kind.drafter:
         with pytest.raises(RecipeError, match=r"train.device: cuda:1: drafter.joint trains adapters inside the target"):
             recipe(kind, target=target_folder, folder=tmp_path, train={"device": "cuda:1"})

@@ -124,7 +124,7 @@ def check(value: Any) -> None:
         event(f"{'record' if records else 'quarantined'}, {'prompt' if prompts else 'quarantined'}")
 
 
-@settings(max_examples=500)
+@settings(max_examples=150)
 @given(RECORD)
 def test_any_record_gives_records_or_a_reason(value):
     check(value)

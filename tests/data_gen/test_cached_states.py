@@ -17,7 +17,8 @@ from drafttrain.core.errors import DataError
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources.text import TextSettings
-from drafttrain.data_gen.stored.target_cache import _as_array, _as_tensor, _rows
+from drafttrain.data_gen.stored.cache_writer import rows_of_texts
+from drafttrain.data_gen.stored.stored_states import as_array, as_tensor, states_as
 from drafttrain.data_gen.stored.validation_target import CachedTarget
 from drafttrain.data_gen.stored.wanted import Wanted
 from drafttrain.data_gen.training_data import TrainingData, attach_cache, prepare
@@ -75,7 +76,7 @@ def test_what_is_read_is_what_was_written_bit_for_bit(text, tiny_target):
     data = cached(text, tiny_target, NEEDS, cache="top_k")
     written, cache = files(text), data.caches[0]
     assert cache is not None
-    record = min(cache._starts, key=cache._starts.__getitem__)
+    record = cache.layout.shards[0][0]
     length = len(data.stores[0][record].tokens)
     stored = cache.stored(record, length)
     assert set(stored) == set(written) == {"ids", "log_probs", "tail", "hidden_0", "hidden_1", "final"}
@@ -112,7 +113,7 @@ def test_its_size_is_printed_before_it_is_written_and_limited(text, tiny_target,
     data = cached(text, tiny_target, NEEDS, cache="states", cache_dtype=dtype)
     cache = data.caches[0]
     assert cache is not None
-    tokens = sum(len(data.stores[0][record].tokens) for record in cache._starts)
+    tokens = sum(len(data.stores[0][record].tokens) for record in cache.layout.sizes)
     size = sum(array.nbytes for array in files(text).values())
     assert size == tokens * cache.wanted.bytes_a_row(tiny_target) == tokens * 3 * 32 * (4 if dtype == "float32" else 2)
     message = " ".join(capfd.readouterr().err.split())
@@ -152,7 +153,7 @@ def test_stored_states_keep_their_type_until_they_are_used(text, tiny_target, dt
 def test_only_needed_arrays_are_read(text, tiny_target):
     data = cached(text, tiny_target, NEEDS, cache="top_k")
     cache = data.caches[0]
-    record = min(cache._starts)
+    record = min(cache.layout.sizes)
     for shard in cache._shards:
         shard["hidden_0"] = shard["ids"] = None
     assert set(cache.stored(record, 3, ["final", "tail"])) == {"final", "tail"}
@@ -168,8 +169,8 @@ def test_only_needed_arrays_are_read(text, tiny_target):
 def test_a_state_that_overflows_its_type_is_refused():
     state_ND = torch.tensor([[1e6, 1.0]])
     with pytest.raises(DataError, match="overflows float16"):
-        _as_array(state_ND, "float16")
-    assert torch.equal(_as_tensor(_as_array(state_ND, "bfloat16"), "bfloat16"), state_ND.bfloat16())
+        states_as("float16", state_ND)
+    assert torch.equal(as_tensor(as_array(states_as("bfloat16", state_ND)), "bfloat16"), state_ND.bfloat16())
 
 
 def test_another_need_rebuilds_the_cache(text, tiny_target):
@@ -180,14 +181,14 @@ def test_another_need_rebuilds_the_cache(text, tiny_target):
     assert not np.array_equal(files(text)["hidden_1"], before)
 
 
-def curve(text: Path, target: Target, *, cache: str) -> tuple[list[float], int]:
+def curve(text: Path, target: Target, *, cache: str, **cached_as: Any) -> tuple[list[float], int]:
     """Train a Kangaroo adapter for some steps; return its losses and how often the target was run."""
     from drafttrain.training.run import train
     from drafttrain.training.settings import TrainSettings
 
     torch.manual_seed(0)
     drafter = KangarooDrafter.create(KangarooSettings(exit_layer=1), target=target, tokenizer=None)
-    data = cached(text, target, drafter.needs(), folder=cache, cache=cache)
+    data = cached(text, target, drafter.needs(), folder=cache, cache=cache, **cached_as)
     runs = 0
 
     def count(*_: Any) -> None:
@@ -251,7 +252,7 @@ def test_the_rows_of_a_text_do_not_depend_on_the_texts_that_are_read_with_it():
     texts = [[1, 2, 3], list(range(40, 60)), [7], list(range(90, 101)), [4, 5]]
     wanted = Wanted(distribution="full", states=TargetNeeds(hidden=(1,), final=True), top_k=0, dtype="float32")
     counts: list[int] = []
-    rows = _rows(texts, target, wanted, read=counts.append)
+    rows, _ = rows_of_texts(texts, target, wanted, skipped=[0] * len(texts), read=counts.append)
     assert sum(counts) == sum(map(len, texts)), "every token is reported, padding is not"
     begin = 0
     for text in texts:

@@ -156,7 +156,7 @@ def test_the_cache_reads_what_was_written_and_agrees_with_the_live_target(settin
     first = {
         name: np.load(path) for path in (tmp_path / "d" / "0-cache").glob("*-00000.npy") for name in [path.name[:-10]]
     }
-    record = min(cache._starts, key=cache._starts.__getitem__)
+    record = cache.layout.shards[0][0]
     for name, array in cache.stored(record, 5).items():
         assert array.numpy().tobytes() == first[name][:5].tobytes()
 

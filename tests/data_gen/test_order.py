@@ -9,7 +9,7 @@ import torch
 
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.contamination import contaminated
-from drafttrain.data_gen.packing import pack, plan
+from drafttrain.data_gen.packing import pack, plan, row_length
 from drafttrain.data_gen.sampler import Sampler, _interleaved
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources.text import TextSettings
@@ -178,3 +178,35 @@ def test_a_prompt_that_shares_thirteen_tokens_is_found_and_one_that_shares_twelv
     assert contaminated(prompts, [text[:500], text[500:]], ngram=13) == ["inside"]
     assert contaminated(prompts, [text], ngram=13) == ["inside", "across"]
     assert contaminated(prompts, [text], ngram=0) == []
+
+
+def slots_of(lengths: list[int], rows: list[list[int]]) -> int:
+    return len(rows) * row_length(lengths, rows, width=10**6)
+
+
+def test_no_row_is_longer_than_it_need_be_for_the_number_of_rows():
+    """First fit alone leaves the last row almost empty, and pads it to the length of the first."""
+    rng = random.Random(0)
+    for _ in range(200):
+        width = rng.randrange(20, 200)
+        lengths = [rng.randrange(1, width + 1) for _ in range(rng.randrange(1, 24))]
+        rows = plan(lengths, width=width)
+        assert sorted(number for row in rows for number in row) == list(range(len(lengths)))
+        assert all(sum(lengths[number] for number in row) <= width for row in rows)
+        assert slots_of(lengths, rows) <= slots_of(lengths, first_fit(lengths, width=width))
+    alike = [60] * 8
+    assert slots_of(alike, first_fit(alike, width=420)) == 840
+    assert slots_of(alike, plan(alike, width=420)) == 480
+    assert [len(row) for row in plan([30, 5, 40], width=20)] == [1, 1, 1], "a longer record has a row of its own"
+
+
+def first_fit(lengths: list[int], *, width: int) -> list[list[int]]:
+    """Return rows filled one after the other."""
+    rows: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        room = [row for row in rows if sum(lengths[i] for i in row) + lengths[number] <= width]
+        if room:
+            room[0].append(number)
+        else:
+            rows.append([number])
+    return rows

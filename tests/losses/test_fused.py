@@ -18,14 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.linear_head import LinearHead
 from drafttrain.core.loss_rows import LossRows
+from drafttrain.core.piece_size import PieceSize
 from drafttrain.data_gen.packing import pack
-from drafttrain.losses import Loss, losses
+from drafttrain.losses import Loss, losses, pieces
 from drafttrain.losses.align import align
 from drafttrain.losses.block_acceptance import BlockAcceptanceSettings
 from drafttrain.losses.ce import CrossEntropySettings
 from drafttrain.losses.chunked import row_losses
 from drafttrain.losses.confidence import ConfidenceSettings
-from drafttrain.losses.head_products import RowGradients
+from drafttrain.losses.head_products import JoinedGradients, RowGradients
 from drafttrain.losses.step import drafted_loss
 from drafttrain.losses.tvd import TVDSettings
 from drafttrain.losses.weighted_sum import Term, WeightedSumSettings
@@ -224,6 +225,33 @@ def test_fused_losses_are_the_plain_ones(settings, vocabulary, frozen):
     assert (plain["linears.0.weight"] is None) == frozen
     for chunk in (None, 3):
         assert_same(gradients(settings, fused=True, chunk=chunk, **given), plain, rtol=1e-9, atol=1e-11)
+
+
+@EVERY
+@pytest.mark.parametrize("model", [{}, {"added": True}], ids=["one matrix", "two"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_the_bands_of_a_piece_change_nothing(settings, frozen, model, monkeypatch):
+    """A piece is multiplied at once and read a few rows at a time: values, acceptance and every gradient."""
+    given = {"vocabulary": None, "frozen": frozen, **model}
+    whole = gradients(settings, fused=True, **given)
+    monkeypatch.setattr(pieces, "BAND_BYTES", PieceSize(on_cpu=4 * V * 2, elsewhere=1))
+    assert len(pieces.bands(torch.empty(5, V))) == 3
+    assert_same(gradients(settings, fused=True, **given), whole, rtol=1e-9, atol=1e-11)
+
+
+def test_control_a_band_that_writes_to_its_neighbours_rows_is_seen(monkeypatch):
+    whole = gradients(TVDSettings(), fused=True, vocabulary=None)
+    monkeypatch.setattr(pieces, "BAND_BYTES", PieceSize(on_cpu=4 * V * 2, elsewhere=1))
+    add = JoinedGradients.add
+    monkeypatch.setattr(JoinedGradients, "add", lambda self, rows, found: add(self, shifted(rows), found))
+    with pytest.raises(AssertionError, match=r"tables|linears|norm"):
+        assert_same(gradients(TVDSettings(), fused=True, vocabulary=None), whole, rtol=1e-9, atol=1e-11)
+
+
+def shifted(rows: slice) -> slice:
+    """Return the span one band earlier, where there is one."""
+    size = rows.stop - rows.start
+    return rows if rows.start < size else slice(rows.start - size, rows.start)
 
 
 PAPER = WeightedSumSettings(

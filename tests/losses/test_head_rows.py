@@ -14,7 +14,7 @@ from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.target_rows import TargetNeeds, TargetRows
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
-from drafttrain.drafters.medusa.lora import LoraSettings
+from drafttrain.drafters.lora import LoraSettings
 from drafttrain.drafters.medusa.module import Medusa
 from drafttrain.drafters.medusa.settings import JointSettings, MedusaSettings
 from drafttrain.losses import Loss, losses

@@ -116,7 +116,7 @@ def measured(recipe: Recipe) -> Measured:
     """Take two micro-batches and a step of the optimizer with the real target, and measure the second one."""
     target = Target.load(replace(recipe.target, dtype="float32"))
     component: Any = drafters.entry(recipe.drafter.kind).component
-    drafter = component.create(recipe.drafter, target=target, tokenizer=target.tokenizer).train()
+    drafter = component.for_training(recipe.drafter, target=target, tokenizer=target.tokenizer).train()
     loss, width = losses.build(recipe.loss), recipe.data.max_length
     records = [Record(str(row), [1] * width, [True] * width) for row in range(recipe.train.largest_micro_batch(1))]
     batch = with_plan(drafter, loss, replace(pack(records, width=width, weight_of_step=1.0)[0], num_steps=2))
@@ -198,10 +198,26 @@ def test_a_plan_is_what_a_real_step_takes(name: str, optimizer: str) -> None:
     assert cost.executed == pytest.approx(real.executed, rel=0.1)
 
 
-def test_control_a_step_of_another_length_is_not_what_was_planned() -> None:
+def test_a_plan_counts_adapters_and_what_is_frozen_beside_them() -> None:
+    lora = "drafter.lora={rank: 4, target_modules: [q_proj, down_proj]}"
+    recipe = recipe_of("demo", lora, "data.generate.num_records=64")
+    cost, real, whole = plan_of(recipe, None).cost, measured(recipe), plan_of(recipe_of("demo"), None).cost
+    for exact in ("trained", "frozen", "target_bytes", "drafter_bytes", "gradient_bytes", "optimizer_bytes"):
+        assert getattr(cost, exact) == getattr(real, exact), exact
+    assert cost.executed == pytest.approx(real.executed, rel=0.1)
+    config = json.loads(Path("src/drafttrain/builtin/drafter/config.json").read_text())
+    width, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    queries = config["num_attention_heads"] * config["head_dim"]
+    assert cost.trained == layers * 4 * ((width + queries) + (inner + width))
+    assert cost.frozen == whole.frozen + whole.trained
+    assert cost.needed == pytest.approx(cost.executed, rel=0.02)
+    assert cost.needed < 0.95 * whole.needed, "the gradients of frozen weights are not counted"
+
+
+def test_control_a_step_of_another_length_in_other_pieces_is_not_what_was_planned() -> None:
     planned, real = (
         plan_of(recipe_of("tiny_medusa"), None).cost,
-        measured(recipe_of("tiny_medusa", "data.max_length=72")),
+        measured(recipe_of("tiny_medusa", "data.max_length=72", "train.loss_chunk_rows=100")),
     )
     for near in ("kept", "logits", "executed"):
         assert getattr(planned, near) != pytest.approx(getattr(real, near), rel=0.15), near
@@ -231,6 +247,8 @@ def test_a_cache_replaces_the_target(eagle: Plan) -> None:
     # EAGLE reads the final state, from which the distribution is computed too.
     width = 4 * Target.load(eagle.recipe.target).model.config.hidden_size
     assert cached.cache_bytes == 480 * 96 * width
+    in_bytes = plan_of(recipe_of("tiny_eagle", "data.cache=states", "data.cache_dtype=int8"), eagle.gpu, records=480)
+    assert in_bytes.cache_bytes == 480 * 96 * (width // 4 + 2 * width // 4 // 32)
     assert cached.cost.executed < eagle.cost.executed
     assert cached.cost.kept == eagle.cost.kept
 
@@ -262,8 +280,10 @@ def test_what_does_not_fit_is_answered_with_what_helps(eagle: Plan) -> None:
     changes = large.changes()
     assert changes[0].startswith("train.records_per_device=2 (now 4)")
     assert "up to 3.00 GB at once" in changes[1]
-    # EAGLE-1 has no activations that could be computed again.
-    assert not any("activation_checkpointing" in change for change in changes)
+    assert any("activation_checkpointing" in change for change in changes)
+    # Medusa has no activations that could be computed again.
+    medusa = replace(large, recipe=recipe_of("tiny_medusa")).changes()
+    assert not any("activation_checkpointing" in change for change in medusa)
     assert "h200" in changes[-1]
     assert "h100" not in changes[-1].split(": ")[1].split(", ")
 

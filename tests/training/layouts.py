@@ -26,6 +26,7 @@ from drafttrain.distributed.collectives import joined, together
 from drafttrain.distributed.world import is_first, world
 from drafttrain.drafters import drafters
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
+from drafttrain.drafters.lora import LoraSettings
 from drafttrain.losses import losses
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.training import checkpoint_file
@@ -89,6 +90,7 @@ def run(
     loss: str = "tvdpp",
     kind: str = "causal_lm",
     of_kind: dict[str, Any] | None = None,
+    lora: LoraSettings | None = None,
     mean_of_means: bool = False,
     estimate: Any = None,
     target_folder: str | None = None,
@@ -105,6 +107,7 @@ def run(
         count: Records of a step.
         drafter: The class, where `kind` is causal_lm.
         of_kind: Settings of another kind.
+        lora: Adapters beside the weights of the drafter.
         target_folder: Where the target is read from, spread over the processes or not; None: it is made in memory.
         logged: Only the batches of the first process have the target's distribution.
         unlike_rows: The rows are those of `unlike`.
@@ -139,6 +142,8 @@ def run(
         entry: Any = drafters.entry(kind)
         made = entry.component.create(entry.settings(**(of_kind or {})), target=target, tokenizer=target.tokenizer)
         made.fit_vocabulary(lambda: np.arange(257))
+    if lora is not None:
+        made.train_adapters(lora)
     of_own = partial(of_step, records_per_device=records_per_device, count=count, mean_of_means=mean_of_means)
     if unlike_rows:
         of_own = unlike

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DrafttrainError, RecipeError
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Record
+from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import Drafter, drafters
-from drafttrain.drafters.medusa.lora import LoraSettings
+from drafttrain.drafters.lora import LoraSettings
 from drafttrain.drafters.medusa.settings import JointSettings
+from drafttrain.losses import losses
+from drafttrain.losses.step import batch_loss, with_plan
 from drafttrain.pipeline.data import FEW_WIDTHS, FEW_WIDTHS_IN_HALF, own_batches
+from drafttrain.target_model import Target
 from drafttrain.training import compiled
 from drafttrain.training.settings import TrainSettings
+from tests.conftest import byte_tokenizer, random_llama
 from tests.training.layouts import run
 
 KINDS: list[tuple[str, dict[str, Any], str]] = [
@@ -97,6 +106,52 @@ def test_a_compiled_training_continues_one_that_was_not(traced, tmp_path):
     assert stored[0].keys() == stored[1].keys()
     for name, weight in stored[0].items():
         torch.testing.assert_close(stored[1][name], weight, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in (KINDS[5], KINDS[8]))],
+    ids=lambda kind: kind[0],
+)
+def test_rows_of_every_shape_run_in_the_graphs_of_the_first_steps(kind, traced):
+    """Chats of all lengths, packed: the number of rows and their length change from step to step."""
+    graphs, shapes = graphs_by_step(kind, traced)
+    assert len(set(shapes[4:]) - set(shapes[:4])) >= 2, "shapes that no compiled step has had"
+    assert len(set(graphs[3:])) == 1
+
+
+def test_control_without_symbols_a_new_shape_is_a_new_graph(traced, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, dynamic=False))
+    monkeypatch.setattr(compiled, "_compiled_loss", lambda per_row: per_row)
+    graphs, _ = graphs_by_step(KINDS[0], traced)
+    assert graphs[-1] > graphs[3]
+
+
+def graphs_by_step(kind: tuple[str, dict[str, Any], str], traced: list[str]) -> tuple[list[int], list[tuple[int, ...]]]:
+    """Return how many graphs there are after each step, and the shape of its rows."""
+    name, of_kind, loss_kind = kind
+    target = Target(random_llama(num_layers=4), byte_tokenizer(), name="tiny", fingerprint="")
+    entry: Any = drafters.entry(name)
+    drafter = entry.component.create(entry.settings(**of_kind), target=target, tokenizer=target.tokenizer).train()
+    drafter.fit_vocabulary(lambda: np.arange(257))
+    loss = losses.build(losses.entry(loss_kind).settings())
+    compiled.compile_step(drafter, loss)
+    random = np.random.default_rng(0)
+    graphs, shapes = [], []
+    for step in range(10):
+        lengths = random.integers(6, 60, size=6)
+        records = [
+            Record("", random.integers(1, 250, size=n).tolist(), [False] * 3 + [True] * (n - 3)) for n in lengths
+        ]
+        batch, _ = pack(records, width=96, multiple=16, weight_of_step=1.0, step=step)
+        batch = with_plan(drafter, loss, replace(batch, num_steps=20))
+        needs = drafter.needs() | TargetNeeds(final=True)
+        seen = target.read(batch.tokens_BT, batch.positions_BT, needs, documents=batch.packed_documents)
+        batch = replace(batch, target=seen, target_rows=target.rows_of(seen))
+        batch_loss(drafter, loss, batch, vocab_size=target.num_tokens).total.backward()
+        graphs.append(len(traced))
+        shapes.append(tuple(batch.tokens_BT.shape))
+    return graphs, shapes
 
 
 @pytest.mark.slow

@@ -5,7 +5,9 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +20,7 @@ from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.distributed.world import without_launcher
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
-from drafttrain.drafters.medusa.lora import LoraSettings
+from drafttrain.drafters.lora import LoraSettings
 from drafttrain.drafters.medusa.settings import JointSettings
 from drafttrain.training import strategy
 from drafttrain.training.deepspeed_settings import DeepSpeedSettings
@@ -40,7 +42,10 @@ def in_processes(layouts: list[tuple[Path, dict[str, Any]]], *, count: int = 2) 
 
 
 Layouts = list[tuple[Path, dict[str, Any]]]
-LIFE = {"stage": 3, "steps": 3}
+# AdamW moves a weight whose first gradient is nothing but rounding by up to the rate. Over many steps TVD++, which is not
+# continuous where both probabilities are equal, makes another step of that; forward KL does not.
+SMOOTH: dict[str, Any] = {"loss": "forward_kl"}
+LIFE = {"stage": 3, "steps": 3} | SMOOTH
 MUON_LIFE = LIFE | {"optimizer": "muon"}
 
 
@@ -77,9 +82,14 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     return {name: run(tmp_path_factory.mktemp(name), optimizer=name) for name in ("adamw", "sgd", "muon")}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
-@pytest.mark.parametrize("records_per_device", [None, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def layouts() -> Iterator[Any]:
+    """Yield every stage, with and without several micro-batches a step, and every optimizer; those between the ends are slow."""
+    for stage, records_per_device, optimizer in product(range(4), (None, 2), ("adamw", "sgd", "muon")):
+        long = stage in (1, 2) and (records_per_device, optimizer) != (2, "adamw")
+        yield pytest.param(stage, records_per_device, optimizer, marks=[pytest.mark.slow] if long else [])
+
+
+@pytest.mark.parametrize(("stage", "records_per_device", "optimizer"), layouts())
 def test_one_process_under_any_stage(
     plain: dict[str, list[float]], tmp_path: Path, stage: int, records_per_device: int | None, optimizer: str
 ) -> None:
@@ -229,7 +239,8 @@ def test_two_processes(plain: dict[str, list[float]], two: Layouts) -> None:
         ]
         for name, weight in first.items():
             for other in others:
-                torch.testing.assert_close(other[name], weight, atol=1e-4, rtol=1e-4)
+                # Of the whole tensor: a single weight may differ by the rate, as SMOOTH says.
+                assert (other[name] - weight).norm() < 1e-3 * weight.norm(), name
 
 
 @pytest.mark.processes
@@ -250,23 +261,23 @@ def test_a_step_has_one_sum_of_gradients_and_one_of_the_hosts(two: Layouts) -> N
 @pytest.mark.processes
 def test_a_run_resumes_under_another_stage_and_world_size(two: Layouts, tmp_path: Path) -> None:
     life, _ = two[-1]
-    run(life, stage=1, steps=9)
+    run(life, stage=1, steps=9, **SMOOTH)
     # The newest one is damaged: both processes go back to the one before.
     (life / "checkpoints" / "step-00000009.ckpt").write_bytes(b"garbage")
-    in_processes([(life, {"stage": 2, "steps": 9, "records_per_device": 2})])
+    in_processes([(life, {"stage": 2, "steps": 9, "records_per_device": 2} | SMOOTH)])
     assert (life / "checkpoints" / "step-00000009.damaged").exists()
-    run(life, steps=12)
-    run(life, stage=3, steps=15)
-    assert curve(life) == pytest.approx(run(tmp_path, steps=15), abs=1e-4)
+    run(life, steps=12, **SMOOTH)
+    run(life, stage=3, steps=15, **SMOOTH)
+    assert curve(life) == pytest.approx(run(tmp_path, steps=15, **SMOOTH), abs=1e-4)
 
 
 @pytest.mark.processes
 def test_a_run_with_muon_resumes_under_another_stage_and_world_size(two: Layouts, tmp_path: Path) -> None:
     life, _ = two[-2]
-    run(life, stage=1, steps=6, optimizer="muon")
-    run(life, steps=9, optimizer="muon")
-    run(life, stage=3, steps=12, optimizer="muon")
-    assert curve(life) == pytest.approx(run(tmp_path, steps=12, optimizer="muon"), abs=1e-4)
+    run(life, stage=1, steps=6, optimizer="muon", **SMOOTH)
+    run(life, steps=9, optimizer="muon", **SMOOTH)
+    run(life, stage=3, steps=12, optimizer="muon", **SMOOTH)
+    assert curve(life) == pytest.approx(run(tmp_path, steps=12, optimizer="muon", **SMOOTH), abs=1e-4)
 
 
 @pytest.mark.parametrize("stage", [None, 2])

@@ -17,13 +17,14 @@ from drafttrain.cli import (
     recipes,
     record,
     stages,
+    sweep,
     target,
 )
 from drafttrain.cli.app import app
 
 __all__ = ["app", "main"]
 
-for group in (stages, plan, evaluate, chat, formats, check_server, record):
+for group in (stages, sweep, plan, evaluate, chat, formats, check_server, record):
     group.add_to(app)
 app.add_typer(data.app, name="data")
 app.add_typer(online.app, name="online")

@@ -47,8 +47,8 @@ def chat(
         typer.Option(
             "--length",
             metavar="POLICY",
-            help="How much to draft: fixed, tree, or a mapping as under eval.length of a recipe. Default: the fastest of "
-            "the drafter's eval.json, else chains of 5.",
+            help="How much to draft: fixed, tree, or a mapping as under eval.length of a recipe. Default: of the lengths in "
+            "the drafter's eval.json the one that is fastest here, else chains of 5.",
             show_default=False,
         ),
     ] = None,

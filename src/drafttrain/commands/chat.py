@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +24,7 @@ from drafttrain.core.texts import Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.arms import Arm
 from drafttrain.eval.conversation import Conversation, chat_prompt
-from drafttrain.eval.fastest_length import fastest_length
+from drafttrain.eval.fastest_length import fastest_length, known_lengths
 from drafttrain.eval.interval import number
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.result import Piece
@@ -79,16 +81,11 @@ def open_drafter(name: str, target: str | None, given: Sequence[str]) -> Opened:
     Args:
         name: A drafter folder, a run folder, a hub id, or a builtin one.
         target: The target; None: the drafter's own.
-        given: Overrides of the sections target and eval; without a length, the fastest of the evaluation is used.
+        given: Overrides of the sections target and eval; without a length, the one that is fastest here is used.
     """
     quiet_libraries()
     folder = exported_in(folders_of([name])[0])
     of_target, settings = load_sections(["target", "eval"], given)
-    stored = None
-    if not any(one.startswith("eval.length") for one in given):
-        stored = fastest_length(folder, temperature=settings.temperatures[0])
-    if stored is not None:
-        _, settings = load_sections(["target", "eval"], [*given, f"eval.length={json.dumps(stored)}"])
     about = read_about(folder)
     if not (target := target or (about.target if about else None)):
         raise CheckpointError(f"{name}: no target is named in it. Give --target MODEL")
@@ -97,11 +94,37 @@ def open_drafter(name: str, target: str | None, given: Sequence[str]) -> Opened:
     loaded = Target.load(of_target)
     drafter = read_drafter(folder, loaded)
     opened = Opened(drafter, drafter.adapted(loaded), settings)
+    why = ""
+    if not any(one.startswith("eval.length") for one in given):
+        opened, why = _with_fastest(opened, folder)
     size = sum(parameter.numel() for parameter in drafter.parameters()) / 1e6
-    why = ", the fastest of its evaluation" if stored is not None else ""
-    say(f"{name} ({drafter.kind}, {size:.1f} M parameters) drafts for {target}: {length_label(settings.length)}{why}")
+    policy = length_label(opened.settings.length)
+    say(f"{name} ({drafter.kind}, {size:.1f} M parameters) drafts for {target}: {policy}{why}")
     say(opened.setting)
     return opened
+
+
+def _with_fastest(opened: Opened, folder: Path) -> tuple[Opened, str]:
+    """Return the drafter with the length that is fastest here, of those that it was evaluated with, and why it is taken."""
+    settings = opened.settings
+    known = known_lengths(folder, temperature=settings.temperatures[0])
+    if known is None:
+        return opened, ""
+    if known.times_hold_for(opened.target):
+        length, why = _policy(known.fastest), "the fastest of its evaluation"
+    else:
+        prompt = read_prompts(QUESTIONS, opened.target.tokenizer, prompt_tokens=None)[0]
+        lengths = [(_policy(one), value) for one, value in known.block_efficiencies]
+        best = fastest_length(lengths, opened.drafter, opened.target, prompt, settings)
+        length = best.length
+        why = f"the fastest here, by its evaluation {best.predicted_speedup:.2f} times as fast as plain decoding"
+    return replace(opened, settings=replace(settings, length=length)), f", {why}"
+
+
+def _policy(length: Mapping[str, Any]) -> Any:
+    """Return the settings of a length policy of an evaluation."""
+    (settings,) = load_sections(["eval"], [f"eval.length={json.dumps(length)}"])
+    return settings.length
 
 
 def answer(opened: Opened, questions: Sequence[str], *, system: str | None, marks: bool) -> None:

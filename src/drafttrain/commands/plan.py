@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+from drafttrain.commands.plan_header import write_figures
 from drafttrain.config.recipe import Recipe
-from drafttrain.core.console import complain, table
-from drafttrain.core.errors import RecipeError
-from drafttrain.pipeline.plan import Plan, plan_of
+from drafttrain.core.console import say, table
+from drafttrain.core.errors import DrafttrainError, RecipeError
+from drafttrain.pipeline.plan import COUNTED, EXACT, Plan, memory_of_parts, plan_of, size_in_gb
 from drafttrain.pipeline.run import quiet_libraries
 from drafttrain.training.gpus import MEMORY_AND_BANDWIDTH, RESERVED_BYTES, gpu_named
 
-EXACT, COUNTED, FORMULA = "exact", "counted", "formula"
+FORMULA = "formula"
 CPU = "cpu"
 
 
-def print_plan(recipe: Recipe, *, gpu: str, utilization: float, records: int | None) -> None:
-    """Print the cost of a recipe's training; if it does not fit, what to change.
+def print_plan(
+    recipe: Recipe, *, gpu: str, utilization: float, records: int | None, header: Path | None = None
+) -> None:
+    """Print the cost of a recipe's training.
 
     Args:
         gpu: A name of the table, or `cpu`.
         utilization: Share of its peak, above 0 and at most 1.
         records: Records of an epoch; None: as the recipe gives them.
+        header: The file of the recipe, to write the figures into its comment at the top; None: nothing is written.
 
     Raises:
         RecipeError: An argument is wrong, or the recipe cannot be planned.
+        DrafttrainError: The training does not fit on the GPU. The message has what to change, the cheapest first.
     """
     chosen, problems = gpu_named(gpu), []
     if chosen is None and gpu != CPU:
@@ -38,11 +44,14 @@ def print_plan(recipe: Recipe, *, gpu: str, utilization: float, records: int | N
     table(list(_parameters(made)), columns=["parameters", "number", "how"])
     table(list(_memory(made)), columns=["on a device", "GB", "how"], title="\nMemory")
     table(list(_work(made)), columns=["training", "", "how"], title="\nWork")
+    if header is not None:
+        write_figures(header, made)
+        say(f"written: {header}")
     if changes := made.changes():
         assert chosen is not None
         lacking = (made.memory + RESERVED_BYTES - chosen.memory_bytes) / 1e9
         head = f"does not fit: {lacking:.1f} GB more than {chosen.name} has. What helps, the cheapest first:"
-        complain("\n  ".join([head, *changes]))
+        raise DrafttrainError("\n  ".join([head, *changes]))
 
 
 def _parameters(plan: Plan) -> Iterator[list[str]]:
@@ -51,24 +60,16 @@ def _parameters(plan: Plan) -> Iterator[list[str]]:
 
 
 def _memory(plan: Plan) -> Iterator[list[str]]:
-    cost, settings = plan.cost, plan.settings
-    batch = f"{settings.largest_micro_batch(plan.processes)} x {plan.recipe.data.max_length} tokens"
-    yield ["weights of the target", _gb(plan.held("target_bytes")), EXACT]
-    yield ["weights of the drafter", _gb(plan.held("drafter_bytes")), EXACT]
-    yield ["gradients", _gb(plan.held("gradient_bytes")), EXACT]
-    yield [f"state of {settings.optimizer}", _gb(plan.held("optimizer_bytes")), EXACT]
-    yield [f"activations that the drafter keeps of {batch}", _gb(cost.kept), COUNTED]
-    yield ["logits of the loss, at most", _gb(cost.logits), COUNTED]
-    yield ["all together at the peak of a step", _gb(plan.memory), COUNTED]
+    for name, num_bytes, how in memory_of_parts(plan):
+        yield [name, size_in_gb(num_bytes), how]
     if plan.gpu is not None:
-        yield ["CUDA's context and fragmentation, about", _gb(RESERVED_BYTES), "assumed"]
-        yield [f"memory of {plan.gpu.name}", _gb(plan.gpu.memory_bytes), "data sheet"]
+        yield [f"memory of {plan.gpu.name}", size_in_gb(plan.gpu.memory_bytes), "data sheet"]
 
 
 def _work(plan: Plan) -> Iterator[list[str]]:
     cost, settings = plan.cost, plan.settings
     executed = plan.flops_per_step * cost.executed / cost.needed
-    yield ["cache on disk (GB), at most", _gb(plan.cache_bytes), FORMULA]
+    yield ["cache on disk (GB), at most", size_in_gb(plan.cache_bytes), FORMULA]
     yield ["tokens a step, at most", f"{plan.tokens_per_step:,}", FORMULA]
     yield ["steps", f"{settings.max_steps:,}", "recipe"]
     if settings.pretrain is not None:
@@ -86,9 +87,3 @@ def _work(plan: Plan) -> Iterator[list[str]]:
     rate = f"{plan.gpu.peak_flops / 1e12:,.0f} TFLOP/s, {plan.gpu.bandwidth / 1e9:,.0f} GB/s"
     yield [f"seconds a step on {devices}", f"{plan.step_seconds:,.3g}", f"formula: {plan.utilization:.0%} of {rate}"]
     yield ["hours", f"{plan.hours:,.2f}", "without texts, cache, validation and evaluation"]
-
-
-def _gb(num_bytes: float) -> str:
-    """Return GB of 10^9 bytes; small sizes with the digits that they need."""
-    size = num_bytes / 1e9
-    return f"{size:.1f}" if size >= 10 or size == 0 else f"{size:.3g}"

@@ -82,12 +82,15 @@ class Recipe:
         if self.train.target_placement != "replicated":
             problems += self._placement()
         problems += self._states()
+        if self.data.on_policy is not None and self.data.on_policy.fraction > 0:
+            problems += self._on_policy()
         if self.train.device != "auto":
             problems += self._own_device()
         problems += self._confidence()
         problems += self._numbered_devices()
         if "gain_over_start" in self.export.require and not self.eval.start:
             problems.append("export.require.gain_over_start: the start is not evaluated with eval.start: false")
+        problems += self._adapters()
         if self.train.compile and (self.online is not None or not getattr(_component(self.drafter), "compiles", False)):
             what = f"drafter {self.drafter.kind}" if self.drafter is not None else "a head"
             what = "online learning" if self.online is not None else what
@@ -98,6 +101,15 @@ class Recipe:
                 f"train.activation_checkpointing: {what} has no stack of layers whose activations could be recomputed"
             )
         return problems
+
+    def _adapters(self) -> Iterator[str]:
+        """Yield what cannot be trained with adapters beside the drafter's weights."""
+        if getattr(self.drafter, "lora", None) is None:
+            return
+        if self.train.pretrain is not None:
+            yield "train.pretrain: it trains all weights, drafter.lora none of them: pretrain in a recipe of its own, and start from its folder"
+        if self.online is not None:
+            yield "drafter.lora: online learning starts from exported weights and trains all of them: leave it out"
 
     def _confidence(self) -> Iterator[str]:
         """Yield a loss or a length policy that reads a prediction of the drafter which does not exist."""
@@ -115,6 +127,11 @@ class Recipe:
         """Yield the formats and engines that do not support what this recipe trains."""
         if self.head is not None:
             yield "export.to, export.verify: no serving engine loads a head: leave them out"
+            return
+        if getattr(self.drafter, "tokenizer", None) is not None:
+            formats = [f"to: {name}" for name in self.export.to if name != "hf"]
+            for key in (*formats, *(f"verify: {name}" for name in self.export.verify)):
+                yield f"export.{key} does not support a drafter with drafter.tokenizer: engines pass it the target's token ids"
             return
         kind = getattr(self.drafter, "kind", "")
         places = {
@@ -143,6 +160,8 @@ class Recipe:
         """Yield settings that online learning does not support, or would ignore."""
         if self.head is not None:
             yield "online: only a drafter learns online, not a head"
+        if getattr(self.drafter, "tokenizer", None) is not None:
+            yield "online: a drafter with drafter.tokenizer does not learn online"
         if self.target.model is None:
             yield "online: candidates are compared with the target, but target.model is null"
         if [getattr(source, "kind", "") for source in self.data.sources] != ["serving_logs"]:
@@ -199,6 +218,42 @@ class Recipe:
             yield f"{key}: nor can drafttrain write texts without them: choose another data.generate.backend than builtin"
         if getattr(self.data.states, "tensor_parallel_size", 1) > 1 and self.train.devices != 1:
             yield f"{key}: its tensor_parallel_size is above 1, so one process uses several GPUs: set train.devices: 1"
+
+    def _on_policy(self) -> Iterator[str]:
+        """Yield what cannot be trained on answers of the drafter in training."""
+        if self.head is not None:
+            yield "data.on_policy: a head is trained on labelled draft tokens, not on answers: leave the section out"
+            return
+        if self.online is not None:
+            yield "data.on_policy: online learning reads the text that was served: leave the section out"
+        made_of = _component(self.drafter)
+        if made_of is not None and not made_of.writes_text:
+            able = [name for name in drafters.names() if _registered(drafters, name).writes_text]
+            yield (
+                f"data.on_policy: drafter.kind {self.drafter.kind} drafts from the target's hidden states, so it writes no text "
+                f"without the target; only {', '.join(able)} can"
+            )
+        if getattr(self.drafter, "tokenizer", None) is not None:
+            yield "data.on_policy: a drafter with its own tokenizer writes no tokens of the target: leave drafter.tokenizer or the section out"
+        if self.target.model is None:
+            yield "data.on_policy: the answers are trained towards the target's distribution, but target.model is null"
+        for settings in components_of(self.loss):
+            if settings.kind in losses.names() and _registered(losses, settings.kind).needs_target is False:
+                yield (
+                    f"data.on_policy: loss {settings.kind} trains the labels themselves, which are the drafter's own draws here: use a "
+                    "loss that compares with the target, such as forward_kl"
+                )
+        if self.data.cache != "none":
+            yield f"data.on_policy: no target output of an answer exists before it is drawn: data.cache must be none, got {self.data.cache}"
+        if self.train.target_placement != "replicated":
+            yield (
+                "data.on_policy: the target runs in every step, whole in every process: train.target_placement must be replicated, got "
+                f"{self.train.target_placement}"
+            )
+        if self.train.zero_stage == 3:
+            yield "data.on_policy: a drafter whose weights are partitioned over processes writes no text: use train.deepspeed.stage 0, 1 or 2"
+        if self.train.compile:
+            yield "data.on_policy: the layers that train.compile makes read no cache of keys and values: leave it out"
 
     def _own_device(self) -> Iterator[str]:
         """Yield what must be on the device of its target."""

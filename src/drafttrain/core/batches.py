@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from drafttrain.core.eight_bit import as_states
 from drafttrain.core.few_sizes import few_sizes
 from drafttrain.core.flops import EARLY, BatchShape
 from drafttrain.core.target_rows import (
@@ -47,6 +48,33 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class OwnText:
+    """The documents of a batch in the tokens of a drafter with its own tokenizer, packed in the same rows.
+
+    S = positions of its rows
+    """
+
+    tokens_BS: Tensor
+    positions_BS: Tensor
+    """They restart at 0 with each document; padding is a document too."""
+    slot_BT: Tensor
+    """By position of the target: the flat slot b * S + s after which the drafter has read exactly the same text; 0 where none is."""
+    readable_BT: Tensor
+    """Whether there is one."""
+    documents: PackedDocuments
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> OwnText:
+        """Return a copy with changed tensors: moved, pinned."""
+        return OwnText(
+            change(self.tokens_BS),
+            change(self.positions_BS),
+            change(self.slot_BT),
+            change(self.readable_BT),
+            self.documents.each(change),
+        )
+
+
+@dataclass(frozen=True)
 class DraftBatch:
     """A micro-batch of packed records.
 
@@ -66,12 +94,16 @@ class DraftBatch:
     """Optimizer steps of the whole training, also after a resume; 0: not known, or it has no end."""
     record_ids: Sequence[str] = ()
     """Ids of the records, indexed by their number in `documents_BT` minus the smallest one."""
+    drawn_tokens: Sequence[int] = ()
+    """Labels of each record that the drafter in training wrote, indexed likewise; 0: the record is as the data has it."""
     target: TargetOutput | None = None
     target_rows: TargetRows | None = None
     num_depths: int = 0
     """Depths to compute, for a drafter that can roll out any number; 0: as many as it trains."""
     plan: Plan | None = None
     """Made from exactly these tokens, masks and documents (`losses.align.planned`)."""
+    own: OwnText | None = None
+    """Of a drafter with its own tokenizer (`Drafter.with_own_text`)."""
 
     @property
     def shape(self) -> BatchShape:
@@ -104,13 +136,30 @@ class DraftBatch:
             positions_BT=change(self.positions_BT),
             documents_BT=change(self.documents_BT),
             plan=plan and plan.each(change),
+            own=self.own and self.own.each(change),
             target=self.target and self.target.each(change),
             target_rows=rows.each(change) if isinstance(rows, StoredTargetRows) else rows,
         )
 
+    def restored(self) -> DraftBatch:
+        """Return the batch with the target's states as floating-point numbers; a cache may bring them in eight bits."""
+        return replace(self, target=self.target and self.target.each(as_states))
+
     def to(self, device: Any) -> DraftBatch:
         """Return the batch on `device`."""
         return self.each(lambda tensor: tensor.to(device))
+
+
+@dataclass(frozen=True)
+class Late:
+    """A micro-batch that is made when its step begins, because it depends on the weights at that step."""
+
+    of_step: Callable[[], Sequence[DraftBatch]]
+    number: int
+
+    def made(self) -> DraftBatch:
+        """Return the micro-batch."""
+        return self.of_step()[self.number]
 
 
 class Head(Protocol):
@@ -141,6 +190,8 @@ class DraftOutput:
     """For each depth, the logit of the predicted chance that the token drafted from each state is accepted; empty: no prediction."""
     choice: RowChoice | None = None
     """The rows that are trained; None: all."""
+    readable_BT: Tensor | None = None
+    """Where there is a state: elsewhere the drafter drafts nothing, rows are not learned, and acceptance is 0. None: everywhere."""
 
     def logits_BTV(self, depth: int) -> Tensor:
         """Return the logits of one depth at all positions."""

@@ -4,6 +4,7 @@ Temporary names are `.<name>.<letters>.part`, so that leftovers of a killed proc
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space left, quota exceeded, file too large."""
 
 
 @contextlib.contextmanager
@@ -55,6 +59,16 @@ def folder_beside(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def only_full(error: OSError) -> OSError:
+    """Return the error if it means that the disk is full; raise any other.
+
+    Native writers pass on the text of the error without its number.
+    """
+    if error.errno in FULL or any(os.strerror(number) in str(error) for number in FULL):
+        return error
+    raise error
 
 
 def clear_leftovers(folder: Path) -> None:

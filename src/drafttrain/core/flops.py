@@ -96,6 +96,8 @@ class Products:
     multiplications: int
     gradients: int
     """0: none; 1: of the weights or of their input; 2: of both."""
+    of_weights: bool = True
+    """One side is a weight: if it is frozen, it needs no gradient."""
 
     @property
     def flops(self) -> int:
@@ -110,7 +112,7 @@ def matrix(parameters: int, rows: int, *, gradients: int) -> Products:
 
 def attention(width: int, pairs: int, *, gradients: int) -> Products:
     """Return the products of attention scores and weighted sums; `width` is that of all query heads together."""
-    return Products(2 * width * pairs, gradients)
+    return Products(2 * width * pairs, gradients, of_weights=False)
 
 
 def total(products: Iterable[Products]) -> int:

@@ -28,12 +28,14 @@ class DraftVocabulary:
         own_R: The target's id of each token in the drafter's own vocabulary; None: its ids are the target's, without the
             padding after the tokenizer's last id.
         num_tokens: Ids that the tokenizer can produce.
+        only: Of ids that are the target's, those that can be drafted; None: all. The others get no probability.
     """
 
-    def __init__(self, own_R: Tensor | None, *, num_tokens: int) -> None:
+    def __init__(self, own_R: Tensor | None, *, num_tokens: int, only: Tensor | None = None) -> None:
         self.ids_R = torch.arange(num_tokens) if own_R is None else own_R
         self._is_targets = own_R is None
         self._copies = {self.ids_R.device: self.ids_R}
+        self._excluded_R = None if only is None else torch.isin(self.ids_R, only, invert=True)
 
     def _on(self, device: torch.device) -> Tensor:
         """Return the ids on a device, where they are copied once."""
@@ -43,7 +45,11 @@ class DraftVocabulary:
 
     def logits(self, logits_NW: Tensor) -> Tensor:
         """Return the logits_NR of the tokens that can be drafted."""
-        return logits_NW[..., : len(self.ids_R)]
+        logits_NR = logits_NW[..., : len(self.ids_R)]
+        if self._excluded_R is None:
+            return logits_NR
+        self._excluded_R = self._excluded_R.to(logits_NR.device)
+        return logits_NR.masked_fill(self._excluded_R, -torch.inf)
 
     def likeliest(self, logits_NW: Tensor) -> Tensor:
         """Return the target's id of each row's argmax among the tokens that can be drafted."""

@@ -15,18 +15,35 @@ from drafttrain.core.texts import Record
 
 
 def plan(lengths: Sequence[int], *, width: int) -> list[list[int]]:
-    """Return rows of record numbers, each at most `width` tokens: longest record first, into the first row with room."""
+    """Return rows of record numbers, each at most `width` tokens or one longer record.
+
+    The longest record goes first, into the first row with room: so there are few rows. If the same number of rows also holds the
+    records when each goes into the emptiest row, and the longest row is then shorter, they are arranged so.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     rows: list[list[int]] = []
-    room: list[int] = []
-    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((i for i, left in enumerate(room) if left >= lengths[number]), None)
+    used: list[int] = []
+    for number in longest_first:
+        row = next((i for i, tokens in enumerate(used) if tokens + lengths[number] <= width), None)
         if row is None:
             rows.append([])
-            room.append(max(width, lengths[number]))
+            used.append(0)
             row = len(rows) - 1
         rows[row].append(number)
-        room[row] -= lengths[number]
-    return rows
+        used[row] += lengths[number]
+    even: list[list[int]] = [[] for _ in rows]
+    of_even = [0] * len(rows)
+    for number in longest_first:
+        row = of_even.index(min(of_even))
+        even[row].append(number)
+        of_even[row] += lengths[number]
+    return even if max(of_even) < max(used) else rows
+
+
+def row_length(lengths: Sequence[int], rows: Sequence[Sequence[int]], *, width: int, multiple: int = 1) -> int:
+    """Return the tokens of every row, padding included: those of the longest row, rounded up as `pack` says."""
+    longest = max(sum(lengths[number] for number in row) for row in rows)
+    return max(longest, min(width, -(-longest // multiple) * multiple))
 
 
 def pack(
@@ -45,9 +62,9 @@ def pack(
         multiple: Rows are padded to a multiple of this length, or to `width`, so that few shapes occur.
         first_document: Number of the first record within the optimizer step.
     """
-    rows = plan([len(record.tokens) for record in records], width=width)
-    longest = max(sum(len(records[i].tokens) for i in row) for row in rows)
-    longest = max(longest, min(width, -(-longest // multiple) * multiple))
+    lengths = [len(record.tokens) for record in records]
+    rows = plan(lengths, width=width)
+    longest = row_length(lengths, rows, width=width, multiple=multiple)
     shape = (len(rows), longest)
     tokens_BT = torch.zeros(shape, dtype=torch.long)
     loss_mask_BT = torch.zeros(shape, dtype=torch.bool)
@@ -75,6 +92,7 @@ def pack(
         weight_of_step=weight_of_step,
         step=step,
         record_ids=[record.id for record in records],
+        drawn_tokens=[sum(record.loss_mask) if record.drawn_by else 0 for record in records],
     )
     return batch, places
 
@@ -83,4 +101,4 @@ def as_padding(batch: DraftBatch) -> DraftBatch:
     """Return a batch of the same shape in which no position is trained or counted."""
     nowhere_BT = torch.full_like(batch.documents_BT, -1)
     untrained_BT = torch.zeros_like(batch.loss_mask_BT)
-    return replace(batch, documents_BT=nowhere_BT, loss_mask_BT=untrained_BT, record_ids=())
+    return replace(batch, documents_BT=nowhere_BT, loss_mask_BT=untrained_BT, record_ids=(), drawn_tokens=())

@@ -47,11 +47,16 @@ class Sampler:
 
     def at(self, position: int) -> tuple[int, int]:
         """Return (source, record) of a position."""
+        source, count = self.turn(position)
+        epoch, index = divmod(count, self.sizes[source])
+        return source, int(self._order(source, epoch)[index])
+
+    def turn(self, position: int) -> tuple[int, int]:
+        """Return (source, how many records of this source are read before this position)."""
         number, place = divmod(position, self._length)
         before_S, source_P, nth_P = self._window(number)
         source = int(source_P[place])
-        epoch, index = divmod(before_S[source] + int(nth_P[place]), self.sizes[source])
-        return source, int(self._order(source, epoch)[index])
+        return source, before_S[source] + int(nth_P[place])
 
     def _arranged(self, number: int) -> tuple[list[int], Array, Array]:
         """Return the number of records of each source before a window, and the window's order."""

@@ -1,9 +1,12 @@
-"""Settings of the data: sources and their mixture, generated texts, cached target outputs."""
+"""Settings of the data: sources and their mixture, generated texts, answers of the drafter in training, cached target outputs."""
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import floor
 from typing import Any, Literal
 
 from drafttrain.core.settings import setting
+from drafttrain.core.texts import Sampling
 from drafttrain.data_gen.annotate import annotators
 from drafttrain.data_gen.backends import backends
 from drafttrain.data_gen.backends.builtin import BuiltinSettings
@@ -69,6 +72,56 @@ class GenerateSettings:
 
 
 @dataclass
+class OnPolicySettings:
+    """Answers that the drafter in training writes in place of those of the records (DistillSpec, Zhou et al. 2023)."""
+
+    fraction: float = setting(
+        1.0,
+        help="Share of each source's records whose answer is drawn, in exact counts: 1 all (on-policy), 0.5 every other one, 0 none. The "
+        "others are trained as they are.",
+        ge=0,
+        le=1,
+    )
+    drafter_share: float = setting(
+        1.0,
+        help="Chance of each new token to be drawn from the drafter, else from the target (Liu et al. 2023). 1: the target writes "
+        "nothing; below 1 it decodes too.",
+        ge=0,
+        le=1,
+    )
+    temperature: float = setting(1.0, help="Temperature of the draws; 0 is greedy.", ge=0)
+    top_p: float = setting(1.0, help="Nucleus sampling at temperature > 0.", gt=0, le=1)
+    max_new_tokens: int = setting(
+        128, help="Most new tokens of an answer; it also ends at data.max_length and at an end of text.", ge=1
+    )
+    min_prompt_tokens: int = setting(
+        1,
+        help="The prompt is the record up to its first label, and at least this many tokens: plain text is labels from its start.",
+        ge=1,
+    )
+    every_steps: int = setting(
+        1, help="Answers of this many steps are drawn together, by the weights before the first of them.", ge=1
+    )
+    batch_size: int = setting(
+        32, help="Answers drawn together in one batch; the batches are shared among the processes.", ge=1
+    )
+
+    @property
+    def sampling(self) -> Sampling:
+        """How a token is drawn."""
+        return Sampling() if self.temperature == 0 else Sampling(self.temperature, self.top_p)
+
+    def draws(self, count: int) -> bool:
+        """Return whether the record of a source is drawn that is read after `count` others of it."""
+        share = Fraction(str(self.fraction))
+        return floor((count + 1) * share) > floor(count * share)
+
+    def smoke(self) -> "OnPolicySettings":
+        """Return a copy that writes short answers."""
+        return replace(self, max_new_tokens=min(self.max_new_tokens, 16))
+
+
+@dataclass
 class DataSettings:
     """Where texts come from, how they are mixed, and which target outputs are cached."""
 
@@ -78,6 +131,9 @@ class DataSettings:
     max_length: int = setting(256, help="Tokens a record; longer plain text is cut into several.", ge=2)
     generate: GenerateSettings | None = setting(
         None, help="Texts that the target generates, read by a source of kind generated; null: none."
+    )
+    on_policy: OnPolicySettings | None = setting(
+        None, help="Answers that the drafter in training writes in place of those of the records; null: none."
     )
     annotate: Any = setting(
         None,
@@ -90,8 +146,10 @@ class DataSettings:
         "exact, through the target's own head), full (logits), top_k (approximate), or none: the target runs in every step. "
         "The hidden states that the drafter reads are cached with it.",
     )
-    cache_dtype: Literal["float32", "bfloat16", "float16"] = setting(
-        "float32", help="Type of cached hidden states; bfloat16 is exact for a target that runs in bfloat16."
+    cache_dtype: Literal["float32", "bfloat16", "float16", "int8"] = setting(
+        "float32",
+        help="Type of cached states; bfloat16 is exact for a target that runs in bfloat16, int8 (with a scale for 32 features) takes "
+        "53 % of its bytes. What a type costs of acceptance is measured when the cache is written.",
     )
     cache_top_k: int = setting(
         64, help="For cache top_k: tokens whose probability is stored; the others share the rest evenly.", ge=1
@@ -125,6 +183,10 @@ class DataSettings:
         asked = self.generate.prompt_sources().values() if self.generate is not None else ()
         if any(getattr(source, "kind", "") == "generated" for source in asked):
             problems.append("generate.prompts: generated texts cannot be their own prompts")
+        if self.on_policy is not None and self.on_policy.min_prompt_tokens >= self.max_length:
+            problems.append(
+                f"on_policy.min_prompt_tokens: {self.on_policy.min_prompt_tokens} leave no room for an answer within max_length {self.max_length}"
+            )
         weights = [getattr(source, "weight", 1.0) for source in self.sources]
         used = [weight for weight in weights if weight > 0]
         if self.sources and not used:

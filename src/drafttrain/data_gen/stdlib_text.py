@@ -4,6 +4,7 @@ A top-level module is wholly train or wholly held out, by the hash of its name, 
 a module that a later Python adds falls on one side without moving another.
 """
 
+import functools
 import hashlib
 import importlib
 import sysconfig
@@ -47,20 +48,27 @@ def split_of(module: str) -> Split:
 
 def documents(split: Split) -> Iterator[tuple[str, str]]:
     """Yield (id, text) of every source file and documentation topic of one side, in one order on every machine."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if any(part in LEFT_OUT or part.startswith(("config-", "_sysconfigdata")) for part in parts):
-            continue
-        if split_of(parts[0].removesuffix(".py")) != split:
-            continue
+    for name, path in _sources(split):
         text = _readable(path)
         if len(text) >= 400:
-            yield "/".join(parts), text
+            yield name, text
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     for name, text in sorted(topics.items()):
         if split_of(f"topic:{name}") == split and len(text) >= 400:
             yield f"topic/{name}", text
+
+
+@functools.cache
+def _sources(split: Split) -> tuple[tuple[str, Path], ...]:
+    """Return (id, path) of every source file of one side, sorted by paths."""
+    root, found = Path(sysconfig.get_paths()["stdlib"]), []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if any(part in LEFT_OUT or part.startswith(("config-", "_sysconfigdata")) for part in parts):
+            continue
+        if split_of(parts[0].removesuffix(".py")) == split:
+            found.append(("/".join(parts), path))
+    return tuple(found)
 
 
 def _readable(path: Path) -> str:
@@ -69,5 +77,5 @@ def _readable(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         return ""
-    letters = sum(character.isalpha() or character.isspace() for character in text)
+    letters = sum(map(str.isalpha, text)) + sum(map(str.isspace, text))
     return text if letters > 0.6 * len(text) else ""

@@ -13,21 +13,25 @@ import numpy as np
 from drafttrain.core.batches import DraftBatch
 from drafttrain.core.console import say
 from drafttrain.core.target_rows import TargetNeeds
-from drafttrain.core.texts import LoggedDistribution
+from drafttrain.core.texts import LoggedDistribution, Record
 from drafttrain.data_gen.chat_template import common_start
 from drafttrain.data_gen.contamination import Key, contaminated, write_contamination
 from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.generate import generate
-from drafttrain.data_gen.packing import as_padding, pack
+from drafttrain.data_gen.packing import as_padding, pack, plan, row_length
 from drafttrain.data_gen.sampler import Sampler, own_shares
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources import Source, Versioned, content_of, sources
+from drafttrain.data_gen.stored.cache_writer import build_cache
 from drafttrain.data_gen.stored.logged_distribution import with_logged
 from drafttrain.data_gen.stored.records import Store, open_store
-from drafttrain.data_gen.stored.target_cache import RowCache, build_cache, with_stored
+from drafttrain.data_gen.stored.target_cache import RowCache, with_stored
 from drafttrain.data_gen.stored.target_sums import add_sums
 from drafttrain.data_gen.stored.wanted import Wanted
 from drafttrain.target_model import Target
+
+STEPS_LOOKED_AT = 32
+"""Steps whose padding is counted before training; some milliseconds."""
 
 
 class TrainingData:
@@ -55,6 +59,7 @@ class TrainingData:
         rank: int = 0,
         world_size: int = 1,
         multiple: int = 1,
+        drawn: Mapping[int, Record] | None = None,
     ) -> list[DraftBatch]:
         """Return the micro-batches of one optimizer step on one rank: a pure function of its arguments.
 
@@ -63,26 +68,65 @@ class TrainingData:
 
         Args:
             multiple: See `packing.pack`.
+            drawn: Records that replace those of the data, by their number within the step.
         """
         places = [self.sampler.at(step * batch_size + i) for i in range(batch_size)]
-        weight = float(sum(int(self.stores[source].num_labels[record]) for source, record in places))
-        lengths = [self.stores[source].length(record) for source, record in places]
+        drawn = drawn or {}
+        weight = float(
+            sum(
+                sum(drawn[number].loss_mask) if number in drawn else int(self.stores[source].num_labels[record])
+                for number, (source, record) in enumerate(places)
+            )
+        )
+        lengths = [
+            len(drawn[number].tokens) if number in drawn else self.stores[source].length(record)
+            for number, (source, record) in enumerate(places)
+        ]
         shares = own_shares(lengths, records_per_device=records_per_device, rank=rank, world_size=world_size)
         shortest = int(np.argmin(lengths))
         batches = []
         for share in shares:
             members = [(number, *places[number]) for number in share or [shortest]]
-            batch = self._micro_batch(members, weight=weight, step=step, multiple=multiple)
+            batch = self._micro_batch(members, drawn, weight=weight, step=step, multiple=multiple)
             batches.append(batch if share else as_padding(batch))
         return batches
 
+    def filled(
+        self, *, batch_size: int, records_per_device: int | None, world_size: int, multiple: int
+    ) -> tuple[float, float]:
+        """Return the share of the rows' places that hold tokens: as records are packed, and with one record a row.
+
+        Of the first `STEPS_LOOKED_AT` steps, on the first process.
+        """
+        width, tokens, packed, single = self.settings.max_length, 0, 0, 0
+        for step in range(STEPS_LOOKED_AT):
+            places = [self.sampler.at(step * batch_size + i) for i in range(batch_size)]
+            lengths = [self.stores[source].length(record) for source, record in places]
+            for share in own_shares(lengths, records_per_device=records_per_device, world_size=world_size):
+                own = [lengths[number] for number in share]
+                if own:
+                    rows, alone = plan(own, width=width), [[number] for number in range(len(own))]
+                    tokens += sum(own)
+                    packed += len(rows) * row_length(own, rows, width=width, multiple=multiple)
+                    single += len(alone) * row_length(own, alone, width=width, multiple=multiple)
+        return tokens / packed, tokens / single
+
     def _micro_batch(
-        self, members: list[tuple[int, int, int]], *, weight: float, step: int, multiple: int
+        self,
+        members: list[tuple[int, int, int]],
+        drawn: Mapping[int, Record],
+        *,
+        weight: float,
+        step: int,
+        multiple: int,
     ) -> DraftBatch:
-        records = [self.stores[source][record] for _, source, record in members]
+        records = [drawn.get(number) or self.stores[source][record] for number, source, record in members]
         batch, at = pack(records, width=self.settings.max_length, multiple=multiple, weight_of_step=weight, step=step)
         number = np.array([n for n, _, _ in members] + [-1])
         batch.documents_BT[:] = batch.documents_BT.new_tensor(number[batch.documents_BT.numpy()])
+        if any(record.drawn_by for record in records):
+            # Nothing of the target is stored for a text that was not there before: the target runs.
+            return batch
         logged = [self._logged(source, index) for _, source, index in members]
         known = [one for one in logged if one is not None]
         if len(known) == len(logged):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.registry import Registry
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.target_rows import RowsAsked, TargetNeeds
+from drafttrain.drafters.lora import LoraAdapter, LoraSettings, linears_in, modules_named
 from drafttrain.target_model import Target
 
 drafters = Registry("drafter", "drafttrain.drafters")
@@ -30,17 +32,28 @@ class Drafter(nn.Module, ABC):
     needs_target: ClassVar[bool] = False
     """It is created from its target and cannot be trained without one."""
     recomputes: ClassVar[bool] = False
-    """`recompute_activations` can trade time for memory: it has a stack of layers."""
+    """Its forward reads `recomputing`: it has layers or steps whose activations can be computed again."""
+    adapted_in: ClassVar[tuple[str, ...]] = ()
+    """The parts whose linear layers can have adapters: a forward calls each of these layers as a module."""
     compiles: ClassVar[bool] = False
     """`compile_with` replaces parts of it."""
     reads_slots: ClassVar[bool] = False
     """In training, its forward computes only the positions that the rows of its loss need."""
+    writes_text: ClassVar[bool] = False
+    """It reads nothing of the target, so that its `language_model` continues any text, also during training."""
     draft: str = "sampled"
     """At temperature > 0: `sampled` draws from its distribution; `greedy` takes the argmax, as some engines draft."""
     figures: ClassVar[tuple[str, ...]] = ()
     """Further columns of metrics.csv: means over rows that the loss beside its drafts measures in training."""
     serving: ClassVar[str] = "No serving engine loads this kind: decode with `drafttrain eval DRAFTER`."
     """What its model card says about serving, next to the commands of the engines that run this kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora: LoraAdapter | None = None
+        """The adapters in training beside the drafter's own layers; None: the weights themselves are trained."""
+        self.recomputing = False
+        """The forward stores the inputs of its parts only (`recomputing.run_part`)."""
 
     @classmethod
     @abstractmethod
@@ -51,6 +64,20 @@ class Drafter(nn.Module, ABC):
     def sized(cls, settings: Any, *, target: Target, tokenizer: Any) -> Drafter:
         """Return a drafter of the sizes that `create` gives it, reading no weights: they are made where tensors have no data."""
         return cls.create(settings, target=target, tokenizer=tokenizer)
+
+    @classmethod
+    def for_training(cls, settings: Any, *, target: Target | None, tokenizer: Any, sized: bool = False) -> Drafter:
+        """Return the drafter as training starts from it, with the adapters that its settings describe.
+
+        Args:
+            sized: Read no weights (see `sized`).
+        """
+        make: Any = cls.sized if sized else cls.create
+        drafter: Drafter = make(settings, target=target, tokenizer=tokenizer)
+        lora: LoraSettings | None = getattr(settings, "lora", None)
+        if lora is not None:
+            drafter.train_adapters(lora)
+        return drafter
 
     @classmethod
     def why_whole_target(cls, settings: Any) -> str | None:
@@ -77,6 +104,11 @@ class Drafter(nn.Module, ABC):
         """Training reads the target's distribution, even if the loss does not."""
         return False
 
+    @property
+    def language_model(self) -> Any:
+        """The Hugging Face causal LM that writes text."""
+        raise NotImplementedError(f"{self.kind}: writes_text is False")
+
     def needs(self) -> TargetNeeds:
         """Return what this drafter reads from the target in training. The loss adds its own needs."""
         return TargetNeeds()
@@ -99,6 +131,10 @@ class Drafter(nn.Module, ABC):
             label_counts: Computes how often each token id is a label in training.
         """
 
+    def with_own_text(self, batch: DraftBatch) -> DraftBatch:
+        """Return a batch with its text in the drafter's own tokens, if these differ from the target's. Call it on the host."""
+        return batch
+
     @abstractmethod
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the states of every depth."""
@@ -114,9 +150,63 @@ class Drafter(nn.Module, ABC):
         """
         yield matrix(parameters_of(self), shape.positions, gradients=2)
 
+    def work(self, shape: BatchShape) -> Iterator[Products]:
+        """Yield the products of a training step: those of `products`, without the gradients of frozen weights, and of adapters.
+
+        Adapters are counted at every position, as if their layers were called once there.
+        """
+        if self.lora is None:
+            yield from self.products(shape)
+            return
+        for each in self.products(shape):
+            yield replace(each, gradients=min(each.gradients, 1)) if each.of_weights else each
+        yield matrix(parameters_of(self.lora), shape.positions, gradients=2)
+
+    def adaptable(self) -> dict[str, nn.Linear]:
+        """Return the linear layers that can have adapters, by their full name."""
+        return {name: layer for name, layer in linears_in(self).items() if name.partition(".")[0] in self.adapted_in}
+
+    def train_adapters(self, settings: LoraSettings) -> None:
+        """Freeze the weights, and train adapters beside them. From now on, `save` and `proposer` use merged weights.
+
+        Raises:
+            CheckpointError: A module that the settings name does not exist.
+        """
+        adapter = LoraAdapter(settings, self.adaptable())
+        whole = modules_named(self, settings.whole_modules, key="drafter.lora.whole_modules")
+        self.requires_grad_(False)
+        for module in whole:
+            module.requires_grad_(True)
+        adapter.turn_on(self)
+        self.lora = adapter
+        for name in ("save", "proposer"):
+            self.__dict__[name] = self._with_merged(getattr(self, name))
+
+    def _with_merged(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def on_merged(*arguments: Any, **keywords: Any) -> Any:
+            with self.merged():
+                return function(*arguments, **keywords)
+
+        return on_merged
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within this context the drafter has no adapters, but weights with the adapters merged in."""
+        adapter, self.lora = self.lora, None
+        if adapter is None:
+            yield
+            return
+        try:
+            with adapter.merged(self):
+                yield
+        finally:
+            self.lora = adapter
+
     def recompute_activations(self) -> None:
         """From now on, recompute activations in the backward pass instead of storing them."""
-        raise NotImplementedError(f"{self.kind}: recomputes is False")
+        if not self.recomputes:
+            raise NotImplementedError(f"{self.kind}: recomputes is False")
+        self.recomputing = True
 
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Replace the most expensive functions of a training step by compiled ones. Weights keep their names."""

@@ -17,7 +17,7 @@ from drafttrain.eval.metrics import PromptCounts, Totals, counts_of, histogram, 
 from drafttrain.eval.parity import parity
 from drafttrain.eval.proposers import TrainingFree
 from drafttrain.eval.quality import TaskScore, agreement, solved, task_score
-from drafttrain.eval.replay import Text, expected_rounds, replay_rows
+from drafttrain.eval.replay import Text, expected_rounds, mean_bound, replay_rows
 from drafttrain.eval.result import (
     DrafterFigures,
     PairedComparison,
@@ -54,7 +54,7 @@ def drafter_figures(
     totals, whole = totals_of(counts), totals_of([counts_of(one) for one in arm.generations])
     ledger, lossy = arm.ledger, arm.engine.rule.exactness is Exactness.LOSSY
     greedy = sampling.temperature == 0
-    alpha, replay = _replayed(arm, counts, sampling, settings)
+    alpha, bound, replay = _replayed(arm, counts, sampling, settings)
     source = arm.source
     return DrafterFigures(
         length=component_mapping(arm.length),
@@ -84,6 +84,7 @@ def drafter_figures(
         replay=replay,
         exactness=arm.engine.rule.exactness.value,
         alpha=alpha,
+        alpha_bound=bound,
         proposer=component_mapping(source.settings) if isinstance(source, TrainingFree) else None,
         task=None if settings.checker is None else _task_score(arm, plain, prompts, settings),
         agreement=agreement(plain.generations, arm.generations) if greedy and lossy else None,
@@ -135,26 +136,29 @@ def _vllm_figures(whole: Totals) -> VllmFigures:
 
 def _replayed(
     arm: Arm, counts: Sequence[PromptCounts], sampling: Sampling, settings: EvalSettings
-) -> tuple[Interval | None, dict[str, Interval]]:
-    """Return the acceptance rate, and block efficiency by draft length, by replay on the emitted text.
+) -> tuple[Interval | None, float | None, dict[str, Interval]]:
+    """Return the acceptance rate, its bound, and block efficiency by draft length, by replay on the emitted text.
 
     A training-free proposer has no distribution: it has neither.
     """
     if not isinstance(arm.source, Drafter):
-        return None, {}
+        return None, None, {}
     texts = [
         Text(one.id, list(one.prompt_tokens), list(one.tokens[: count.num_tokens]))
         for one, count in zip(arm.generations, counts, strict=True)
     ]
     rows = replay_rows(arm.target, arm.source, texts, sampling, num_depths=max(settings.replay_lengths, default=0))
     tokens = [len(text.new) for text in texts]
+    bound = None if arm.source.vocabulary is None else mean_bound(rows)
     alpha = ratio_interval([r.acceptance_T.sum() for r in rows], tokens)
     if arm.engine.rule.exactness is Exactness.LOSSY:
         # Replay assumes that the text was drawn from the target's distribution; that of a lossy rule was not.
-        return alpha, {}
-    return alpha, {
-        str(k): ratio_interval(tokens, [expected_rounds(r, k) for r in rows]) for k in settings.replay_lengths
-    }
+        return alpha, bound, {}
+    return (
+        alpha,
+        bound,
+        {str(k): ratio_interval(tokens, [expected_rounds(r, k) for r in rows]) for k in settings.replay_lengths},
+    )
 
 
 def _task_score(arm: Arm, plain: Arm, prompts: Sequence[Prompt], settings: EvalSettings) -> TaskScore:

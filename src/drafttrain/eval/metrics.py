@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,19 +87,30 @@ class Totals:
 
 def totals_of(counts: Sequence[PromptCounts]) -> Totals:
     """Return the sums over prompts."""
-    depth = max((len(one.accepted_at) for one in counts), default=0)
-
-    def at(name: str) -> tuple[int, ...]:
-        return tuple(sum(getattr(c, name)[i] for c in counts if i < len(getattr(c, name))) for i in range(depth))
-
     return Totals(
         num_tokens=sum(c.num_tokens for c in counts),
         num_rounds=sum(c.num_rounds for c in counts),
         num_draft_tokens=sum(c.num_draft_tokens for c in counts),
         num_accepted=sum(c.num_accepted for c in counts),
-        accepted_at=at("accepted_at"),
-        reached_at=at("reached_at"),
+        accepted_at=_by_depth([c.accepted_at for c in counts]),
+        reached_at=_by_depth([c.reached_at for c in counts]),
     )
+
+
+def over_seeds(repetitions: Sequence[Sequence[PromptCounts]]) -> list[PromptCounts]:
+    """Return the counts of every prompt, summed over repetitions of one experiment: a prompt's repetitions depend on each other.
+
+    Args:
+        repetitions: The counts of the same prompts in the same order, once for each seed.
+    """
+    assert len({tuple(one.id for one in counts) for counts in repetitions}) == 1
+    return [
+        PromptCounts(same[0].id, same[0].domain, **vars(totals_of(same))) for same in zip(*repetitions, strict=True)
+    ]
+
+
+def _by_depth(counts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(map(sum, itertools.zip_longest(*counts, fillvalue=0)))
 
 
 def histogram(generations: Sequence[Generation]) -> dict[str, int]:

@@ -6,8 +6,10 @@ import base64
 import io
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from drafttrain.core.files import written_beside
 from drafttrain.core.printable import printable
 
 LABEL_CHARACTERS = 60
@@ -34,19 +36,36 @@ def label(text: str) -> str:
 
 def picture(draw: Callable[[Any], None], *, columns: int, rows: int = 1) -> str:
     """Return a drawing as an SVG data URL."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    buffer = io.BytesIO()
+    _save(_figure(draw, columns=columns, rows=rows, height=3.2 * rows), buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def write_picture(path: Path, draw: Callable[[Any], None], *, columns: int, height: float) -> None:
+    """Write a drawing in one row as a PNG file.
+
+    Args:
+        height: In inches.
+    """
+    figure = _figure(draw, columns=columns, rows=1, height=height)
+    with written_beside(path) as temporary:
+        _save(figure, temporary, format="png", dpi=110, metadata={"Software": None})
+
+
+def _figure(draw: Callable[[Any], None], *, columns: int, rows: int, height: float) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * columns + 0.4, 3.2 * rows), layout="constrained")
-    FigureCanvasSVG(figure)
+    figure = Figure(figsize=(4.6 * columns + 0.4, height), layout="constrained")
     axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
     draw(axes)
-    buffer = io.BytesIO()
+    return figure
+
+
+def _save(figure: Any, to: Any, **how: Any) -> None:
     with warnings.catch_warnings():
         # Characters that the font does not have are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+        figure.savefig(to, **how)

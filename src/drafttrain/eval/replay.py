@@ -51,6 +51,8 @@ class ReplayRows:
     """Acceptance rate of the first draft token, sum_x min(p, q), by position."""
     deepest: int | None = None
     """Most draft tokens of a round; None: no limit, the drafter continues from its own tokens."""
+    bound_T: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None
+    """The target's probability of all tokens that can be drafted, by position: no acceptance rate is above it. None: it is 1."""
 
 
 @torch.no_grad()
@@ -100,12 +102,12 @@ def _replay_batch(
     by_depth: dict[int, list[np.ndarray]] = {}  # type: ignore[type-arg]
     first = 0
     for depth, count in rows.counts.items():
-        accepted, rate = np.zeros(count), np.zeros(count)
+        accepted, rate, bound = np.zeros(count), np.zeros(count), np.zeros(count)
         states_RD = drafted.states_BTD[depth].flatten(0, 1)
         for begin in range(first, first + count, rows_at_once):
             chosen = slice(begin, min(begin + rows_at_once, first + count))
             here = slice(chosen.start - first, chosen.stop - first)
-            accepted[here], rate[here] = _acceptance(
+            accepted[here], rate[here], bound[here] = _acceptance(
                 target_rows.at(rows.target_N[chosen]),
                 drafted.head(states_RD[rows.drafter_N[chosen]], depth),
                 rows.tokens_N[chosen],
@@ -115,9 +117,13 @@ def _replay_batch(
                 vocabulary=drafted.vocabulary,
                 any_text=any_text,
             )
+        if drafted.readable_BT is not None:
+            # Of a drafter with its own tokenizer: decoding would draft there too, from a text that it reads differently.
+            there = drafted.readable_BT.flatten()[rows.drafter_N[first : first + count]].cpu().numpy()
+            accepted, rate = accepted * there, rate * there
         place_N = rows.index.sequence_N[first : first + count].cpu().numpy()
         for number in range(len(texts)):
-            by_depth.setdefault(number, []).append(np.stack([accepted[place_N == number], rate[place_N == number]]))
+            by_depth.setdefault(number, []).append(np.stack([accepted, rate, bound])[:, place_N == number])
         first += count
     deepest = len(rows.counts) if len(rows.counts) > 1 else drafter.deepest
     return [_rows_of(text, by_depth[number], deepest) for number, text in enumerate(texts)]
@@ -133,8 +139,8 @@ def _acceptance(
     num_tokens: int,
     vocabulary: torch.Tensor | None,
     any_text: bool,
-) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
-    """Return (probability that the text's token is an accepted draft token, acceptance rate) by row."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+    """Return (probability that the text's token is an accepted draft token, acceptance rate, its upper bound) by row."""
     target_NV = sampling_probs(without_padding(target_logits_NV, num_tokens=num_tokens), sampling)
     drafted = DraftVocabulary(vocabulary, num_tokens=num_tokens)
     drafter_NV = drafted.probs(drafter_logits_NV, draft_sampling, size=target_NV.shape[-1])
@@ -143,22 +149,31 @@ def _acceptance(
     accepted_N = (drafter_N / target_N.clamp_min(1e-300)).clamp(max=1.0)
     if not any_text:
         accepted_N = torch.where(target_N > 0, accepted_N, 0.0)
-    return accepted_N.cpu().numpy(), acceptance_rate(target_NV, drafter_NV).double().cpu().numpy()
+    bound_N = torch.ones_like(target_N) if vocabulary is None else target_NV[:, vocabulary].sum(dim=-1).double()
+    rate_N = acceptance_rate(target_NV, drafter_NV).double()
+    return accepted_N.cpu().numpy(), rate_N.cpu().numpy(), bound_N.cpu().numpy()
 
 
 def _rows_of(text: Text, depths: Sequence[np.ndarray], deepest: int | None) -> ReplayRows:  # type: ignore[type-arg]
     """Arrange the rows by the start of the round."""
     count = len(text.new)
     accepted_TK = np.zeros((count, len(depths)))
-    acceptance_T = np.zeros(count)
-    for i, (accepted, rate) in enumerate(depths):
+    acceptance_T, bound_T = np.zeros(count), np.ones(count)
+    for i, (accepted, rate, bound) in enumerate(depths):
         # Depth i + 1 of a round that starts at t is new token t + i. A drafter that reads the token before the root has no
         # row at the start of a prompt of one token, and drafts nothing there.
         rows = accepted[-(count - i) :] if i < count else accepted[:0]
         accepted_TK[count - i - len(rows) : count - i, i] = rows
         if i == 0:
             acceptance_T[count - len(rate) :] = rate
-    return ReplayRows(text.id, accepted_TK, acceptance_T, deepest)
+            bound_T[count - len(rate) :] = bound
+    return ReplayRows(text.id, accepted_TK, acceptance_T, deepest, bound_T)
+
+
+def mean_bound(rows: Sequence[ReplayRows]) -> float:
+    """Return the target's probability of the tokens that can be drafted, over all positions: alpha is at most that."""
+    bounds = [np.ones(len(one.acceptance_T)) if one.bound_T is None else one.bound_T for one in rows]
+    return float(np.concatenate(bounds).mean())
 
 
 def expected_rounds(rows: ReplayRows, num_draft_tokens: int) -> float:

@@ -119,6 +119,7 @@ def _training(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
 
 PHASES = {
     "fetch": "#b0b0b0",
+    "draw": "#93b7be",
     "target": "#1f6f8b",
     "forward": "#4fa3a5",
     "backward": "#c8553d",
@@ -132,7 +133,7 @@ PHASES = {
 def _times(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
     timed = [row for row in rows if row.get("step_ms")]
     steps = [int(row["step"]) for row in timed]
-    heights = [[float(row[f"{phase}_ms"]) for row in timed] for phase in PHASES]
+    heights = [[float(row.get(f"{phase}_ms") or 0) for row in timed] for phase in PHASES]
     others = [float(row["step_ms"]) - sum(parts) for row, *parts in zip(timed, *heights, strict=True)]
     axes[0].stackplot(steps, *heights, others, labels=[*PHASES, "other"], colors=[*PHASES.values(), "#e6e6e6"])
     axes[0].set(xlabel="step", ylabel="milliseconds", title="time of a step", ylim=(0, None))

@@ -172,6 +172,8 @@ class DrafterFigures:
     proposer: Mapping[str, Any] | None = None
     """Kind and settings of a training-free proposer; None: a drafter."""
     draft_vocabulary_share: float | None = None
+    alpha_bound: float | None = None
+    """The target's probability of all tokens of the drafter's vocabulary: alpha is at most that. None: it has the target's."""
     task: TaskScore | None = None
     agreement: Agreement | None = None
     parity: Parity | None = None

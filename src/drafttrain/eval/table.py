@@ -142,6 +142,11 @@ def baseline_speeds(plain: PlainFigures) -> list[tuple[str, float]]:
 def _show_quality(part: AtTemperature, name: str, figures: DrafterFigures) -> None:
     if figures.parity is not None and not figures.parity.exact:
         say(f"greedy parity of {name}: {figures.parity.text}")
+    if figures.alpha_bound is not None:
+        say(
+            f"temperature {part.temperature:g}: the vocabulary of {name} holds {figures.alpha_bound:.1%} of the target's probability on "
+            f"these outputs, so alpha is at most {figures.alpha_bound:.3f}"
+        )
     if figures.agreement is not None:
         say(
             f"LOSSY {name}: {figures.agreement.equal_outputs.value:.1%} of the outputs equal the target's own; "

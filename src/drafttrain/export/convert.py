@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from drafttrain.checkpoint import ABOUT
+from drafttrain.checkpoint import ABOUT, OWN_TOKENIZER, read_about
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside
@@ -81,7 +81,11 @@ def converted(name: str, source: Path, target_config: Mapping[str, Any]) -> Draf
     Raises:
         CheckpointError: The format cannot hold this kind, or its loaders would refuse or drop something.
     """
-    exporter, files = exporter_of(name), read_files(source)
+    exporter, files, about = exporter_of(name), read_files(source), read_about(source)
+    if about is not None and about.own_tokenizer:
+        if name == "hf":
+            return files
+        raise CheckpointError(f"{source}: cannot be exported as {name}: {OWN_TOKENIZER}")
     if files.kind not in exporter.reads:
         able = [other for other in exporters.names() if files.kind in exporter_of(other).reads]
         raise CheckpointError(

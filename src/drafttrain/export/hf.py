@@ -1,11 +1,11 @@
-"""Export as a plain Hugging Face folder: config.json, model.safetensors, the target's tokenizer. Other formats are made from it."""
+"""Export as a plain Hugging Face folder: config.json, model.safetensors, the tokenizer. Other formats are made from it."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from drafttrain.export import Exporter, exporters
 from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.folder import read_config
 from drafttrain.export.layout import counts_outputs, layout_problems
+from drafttrain.target_model.tokenizer import tokenizer_files
 
 
 @dataclass
@@ -67,6 +68,7 @@ def export_hf(trained: Path, folder: Path, *, tokenizer: Any, about: About, dtyp
 
     Args:
         trained: Folder that `Drafter.save` wrote.
+        tokenizer: The target's.
         dtype: Type of the weights in the file.
 
     Raises:
@@ -86,8 +88,11 @@ def export_hf(trained: Path, folder: Path, *, tokenizer: Any, about: About, dtyp
             if other.name not in ("config.json", "model.safetensors"):
                 copy = shutil.copytree if other.is_dir() else shutil.copyfile
                 copy(other, temporary / other.name)
-        tokenizer.save_pretrained(temporary)
-        write_about(temporary, about)
+        # `Drafter.save` writes a tokenizer only if it is the drafter's own.
+        own_tokenizer = bool(tokenizer_files(trained))
+        if not own_tokenizer:
+            tokenizer.save_pretrained(temporary)
+        write_about(temporary, replace(about, own_tokenizer=own_tokenizer))
         _read_back(temporary / "model.safetensors", tensors)
 
 

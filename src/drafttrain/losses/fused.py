@@ -9,7 +9,7 @@ N = rows, n = rows of a part, R = positions of the batch, V = vocabulary, D = hi
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from drafttrain.core.batches import DraftOutput
 from drafttrain.core.linear_head import LinearHead
-from drafttrain.losses.head_products import Entering, HeadProducts, Inputs, Leaves, Made, RowGradients
-from drafttrain.losses.pieces import ACCEPTANCE, Part, Piece, RowValues, TargetPiece, target_of
+from drafttrain.losses.head_products import Entering, HeadProducts, Inputs, JoinedGradients, Leaves, Made, RowGradients
+from drafttrain.losses.pieces import ACCEPTANCE, Part, Piece, RowValues, TargetPiece, bands, target_of
 
 KEPT_BYTES = 4 * 2**30
 """A loss whose rows depend on each other reads the target twice: rows up to this size are stored, larger ones computed again."""
@@ -105,6 +105,16 @@ def _run(works: Sequence[_Work], planned: Sequence[Piece]) -> None:
             works[part.term].pull(part, target)
 
 
+@dataclass(frozen=True)
+class _Band:
+    """Rows whose logits the arithmetic of a loss reads at once."""
+
+    rows: slice
+    """Which of the rows of their part."""
+    part: Part
+    """These rows as a part."""
+
+
 class _Work:
     """One term's forward pass over its parts, and its gradients."""
 
@@ -143,35 +153,42 @@ class _Work:
         """Compute the values of a part; for a pointwise loss also its gradients."""
         made = self._made(part)
         if not self.at_once:
-            self._note(self._found, part, self._dependent(part, target, made))
-            if (learnable_n := self.values.learnable(part, target)) is not None:
-                self._note(self._learnable, part, {"rows": learnable_n})
+            self._dependent(part, target, made)
             return
-        with torch.enable_grad():
-            leaves, named = self._values(part, target, made)
-            accepted_n = named.pop(ACCEPTANCE, None)
-            index = self.values.rows.index.part(part.rows)
-            loss_n = self.values.combined(named, index, self.values.learnable(part, target)) * self.factors[part.depth]
-            if (scale_N := self.values.rows.scale_N) is not None:
-                loss_n = loss_n * scale_N[part.rows]
-            total = loss_n.sum()
-        self._products.pull(made, leaves.gradients(total))
-        accepted = {} if accepted_n is None else {ACCEPTANCE: accepted_n}
-        self._note(self._found, part, {"loss": loss_n.detach()} | accepted)
+        joined = JoinedGradients(made, in_place=True)
+        for band in self._bands(part, made):
+            with torch.enable_grad():
+                leaves, named = self._values(band, target, made)
+                accepted_n = named.pop(ACCEPTANCE, None)
+                index = self.values.rows.index.part(band.part.rows)
+                learnable_n = self.values.learnable(band.part, target)
+                loss_n = self.values.combined(named, index, learnable_n) * self.factors[part.depth]
+                if (scale_N := self.values.rows.scale_N) is not None:
+                    loss_n = loss_n * scale_N[band.part.rows]
+                total = loss_n.sum()
+            joined.add(band.rows, leaves.gradients(total))
+            accepted = {} if accepted_n is None else {ACCEPTANCE: accepted_n}
+            self._note(self._found, band.part, {"loss": loss_n.detach()} | accepted)
+        self._products.pull(made, joined.whole())
 
-    def _dependent(self, part: Part, target: TargetPiece | None, made: Made) -> dict[str, Tensor]:
-        """Return the values of a part whose gradients are computed when those of all rows are known."""
+    def _dependent(self, part: Part, target: TargetPiece | None, made: Made) -> None:
+        """Compute the values of a part whose gradients are computed when those of all rows are known."""
+        joined: dict[str, JoinedGradients] = {}
         if not self.reads_once:
             self._keep(part, made)
-            return self._values(part, target, made)[1]
-        with torch.enable_grad():
-            leaves, named = self._values(part, target, made)
-            sums = {name: value_n.sum() for name, value_n in named.items() if value_n.requires_grad}
-        gradients = {
-            name: self._products.rows(made, leaves.gradients(total, again=True)) for name, total in sums.items()
-        }
-        self._unscaled.append((part, made.entering, gradients))
-        return named
+        for band in self._bands(part, made):
+            with torch.set_grad_enabled(self.reads_once):
+                leaves, named = self._values(band, target, made)
+                sums = {name: value_n.sum() for name, value_n in named.items() if value_n.requires_grad}
+            for name, total in sums.items():
+                of_value = joined.setdefault(name, JoinedGradients(made, in_place=False))
+                of_value.add(band.rows, leaves.gradients(total, again=True))
+            self._note(self._found, band.part, named)
+        if (learnable_n := self.values.learnable(part, target)) is not None:
+            self._note(self._learnable, part, {"rows": learnable_n})
+        if self.reads_once:
+            gradients = {name: self._products.rows(made, of_value.whole()) for name, of_value in joined.items()}
+            self._unscaled.append((part, made.entering, gradients))
 
     def combine(self) -> None:
         """Compute the loss from the values of all rows, unless the loss is pointwise."""
@@ -200,16 +217,19 @@ class _Work:
         """Compute the gradients of a part from the derivatives of the total in its values."""
         start = part.rows.start
         made = self._kept.pop(start) if start in self._kept else self._made(part)
-        with torch.enable_grad():
-            leaves, named = self._values(part, target, made)
-            sums = [
-                (slope_N[part.rows] * value_n).sum()
-                for name, value_n in named.items()
-                if (slope_N := self._slopes[name]) is not None and value_n.requires_grad
-            ]
-            total = torch.stack(sums).sum() if sums else None
-        if total is not None:
-            self._products.pull(made, leaves.gradients(total))
+        joined = JoinedGradients(made, in_place=True)
+        for band in self._bands(part, made):
+            with torch.enable_grad():
+                leaves, named = self._values(band, target, made)
+                sums = [
+                    (slope_N[band.part.rows] * value_n).sum()
+                    for name, value_n in named.items()
+                    if (slope_N := self._slopes[name]) is not None and value_n.requires_grad
+                ]
+                total = torch.stack(sums).sum() if sums else None
+            if total is not None:
+                joined.add(band.rows, leaves.gradients(total))
+        self._products.pull(made, joined.whole())
 
     def finish(self) -> tuple[Tensor, Tensor | None]:
         """Return (loss_N, acceptance_N), and complete the gradients."""
@@ -222,13 +242,19 @@ class _Work:
         """Return the products of a part, without gradient."""
         return self._products.made(self._states_RD[part.depth], part.depth, self.values.rows.drafter_N[part.rows])
 
-    def _values(self, part: Part, target: TargetPiece | None, made: Made) -> tuple[Leaves, dict[str, Tensor]]:
-        """Return the named values of a part, and what they are differentiable in."""
-        scores_R = self._confidence_R.get(part.depth)
-        leaves = self._products.leaves(
-            made, None if scores_R is None else scores_R.index_select(0, made.entering.index_n)
-        )
-        return leaves, self.values.of(part, target, leaves.logits_nV, leaves.confidence_n)
+    def _bands(self, part: Part, made: Made) -> list[_Band]:
+        start = part.rows.start
+        return [
+            _Band(rows, replace(part, rows=slice(start + rows.start, start + rows.stop)))
+            for rows in bands(made.products_nV)
+        ]
+
+    def _values(self, band: _Band, target: TargetPiece | None, made: Made) -> tuple[Leaves, dict[str, Tensor]]:
+        """Return the named values of a band, and what they are differentiable in."""
+        scores_R = self._confidence_R.get(band.part.depth)
+        scores_n = None if scores_R is None else scores_R.index_select(0, made.entering.index_n[band.rows])
+        leaves = self._products.leaves(made, band.rows, scores_n)
+        return leaves, self.values.of(band.part, target, leaves.logits_nV, leaves.confidence_n)
 
     def _keep(self, part: Part, made: Made) -> None:
         size = len(self.values.rows.tokens_N) * made.products_nV.shape[1] * made.products_nV.element_size()

@@ -80,14 +80,17 @@ class Leaves:
     confidence_n: Tensor | None
 
     def gradients(self, total: Tensor, *, again: bool = False) -> Gradients:
-        """Return the gradient of a number.
+        """Return the gradient of a number; of products and logits the same tensor, where these are the same.
 
         Args:
             again: Another number of these rows follows.
         """
-        wanted = [self.products_nV, self.logits_nV, *([] if self.confidence_n is None else [self.confidence_n])]
+        same = self.logits_nV is self.products_nV
+        others = [] if same else [self.logits_nV]
+        wanted = [self.products_nV, *others, *([] if self.confidence_n is None else [self.confidence_n])]
         found = torch.autograd.grad(total, wanted, retain_graph=again, allow_unused=True)
-        return Gradients(found[0], found[1], None if self.confidence_n is None else found[2])
+        of_logits = found[0] if same else found[1]
+        return Gradients(found[0], of_logits, None if self.confidence_n is None else found[-1])
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,39 @@ class Gradients:
     products_nV: Tensor | None
     logits_nV: Tensor | None
     confidence_n: Tensor | None
+
+
+class JoinedGradients:
+    """The gradients of the rows of a part, from those of its bands.
+
+    Args:
+        in_place: The products are not needed any more: their gradient takes their place.
+    """
+
+    def __init__(self, made: Made, *, in_place: bool) -> None:
+        self._count = len(made.products_nV)
+        self._parts: dict[str, Tensor] = {}
+        self._room = {"products_nV": made.products_nV} if in_place else {}
+
+    def add(self, rows: slice, found: Gradients) -> None:
+        """Add the gradients of a band."""
+        for name, gradient in vars(found).items():
+            if gradient is None:
+                continue
+            if name == "logits_nV" and gradient is found.products_nV:
+                self._parts[name] = self._parts["products_nV"]
+                continue
+            if len(gradient) == self._count:
+                self._parts[name] = gradient
+                continue
+            if name not in self._parts:
+                room = self._room.get(name)
+                self._parts[name] = gradient.new_empty(self._count, *gradient.shape[1:]) if room is None else room
+            self._parts[name][rows] = gradient
+
+    def whole(self) -> Gradients:
+        """Return the gradients of all rows."""
+        return Gradients(*(self._parts.get(name) for name in ("products_nV", "logits_nV", "confidence_n")))
 
 
 @dataclass(frozen=True)
@@ -162,14 +198,14 @@ class HeadProducts:
                 products_nV = products_nV + self._added(added_Pr, len(index_n))
         return Made(Entering(depth, index_n, states_nD, entering_nD), multiplied_PD, added_Pr, products_nV)
 
-    def leaves(self, made: Made, confidence_n: Tensor | None) -> Leaves:
-        """Return the logits, as a function of leaves where gradients are enabled."""
-        products_nV = made.products_nV.detach().requires_grad_(torch.is_grad_enabled())
+    def leaves(self, made: Made, rows: slice, confidence_n: Tensor | None) -> Leaves:
+        """Return the logits of a band, as a function of leaves where gradients are enabled."""
+        products_nV = made.products_nV[rows].detach().requires_grad_(torch.is_grad_enabled())
         logits_nV = products_nV
         if self.head.after is not None:
             logits_nV = self.head.after(products_nV)
             if made.added_Pr is not None:
-                logits_nV = logits_nV + self._added(made.added_Pr, len(products_nV))
+                logits_nV = logits_nV + self._added(made.added_Pr[rows], len(products_nV))
         if confidence_n is not None:
             confidence_n = confidence_n.detach().requires_grad_(torch.is_grad_enabled())
         return Leaves(products_nV, logits_nV, confidence_n)

@@ -32,7 +32,13 @@ from drafttrain.losses.buckets import in_buckets, known_acceptance
 ACCEPTANCE = "acceptance rate"
 
 PIECE_BYTES = PieceSize(on_cpu=24 * 2**20, elsewhere=256 * 2**20)
-"""Logits of the target that exist at once.
+"""Logits of the target that exist at once."""
+
+LEAST_ROWS = PieceSize(on_cpu=256, elsewhere=1)
+"""Rows of a piece however wide they are: a CPU copies the whole matrix for each product, so a product of few rows is slow."""
+
+BAND_BYTES = PieceSize(on_cpu=2 * 2**20, elsewhere=256 * 2**20)
+"""Logits that the arithmetic of a loss reads at once.
 
 On a CPU larger tensors do not fit its caches and are mapped again each time: elementwise arithmetic takes four times as long.
 """
@@ -127,9 +133,14 @@ class TargetPiece:
 
     @cached_property
     def log_p_UR(self) -> Tensor:
-        """Its log-probabilities, renormalised on the drafter's vocabulary."""
-        wide = torch.promote_types(self.logits_UR.dtype, torch.float32)
-        return self.logits_UR.to(wide).log_softmax(dim=-1)
+        """Its log-probabilities, renormalised on the drafter's vocabulary; in the place of the logits where those are as wide."""
+        logits_UR = self.logits_UR.to(torch.promote_types(self.logits_UR.dtype, torch.float32))
+        parts = bands(logits_UR)
+        if len(parts) == 1:
+            return logits_UR.log_softmax(dim=-1)
+        for rows in parts:
+            logits_UR[rows] = logits_UR[rows].log_softmax(dim=-1)
+        return logits_UR
 
 
 class RowValues:
@@ -155,6 +166,8 @@ class RowValues:
         self.vocab_size = vocab_size
         self.measured = measured
         self._vocabulary_R = drafted.vocabulary
+        readable_BT = drafted.readable_BT
+        self._readable_N = None if readable_BT is None else readable_BT.flatten()[rows.drafter_N]
         self._target = batch.target_rows if loss.needs_target else None
         assert self._target is not None or not loss.needs_target, "the module reads the target before the loss"
         self._named = isinstance(self._target, NamedTargetRows) and drafted.vocabulary is None
@@ -215,14 +228,17 @@ class RowValues:
     def learnable(self, part: Part, target: TargetPiece | None) -> Tensor | None:
         """Return which rows a drafter with its own vocabulary can learn; None: all.
 
-        A row can be learned if the target's likeliest token is in the vocabulary; without a target, if the label is.
+        A row can be learned if the target's likeliest token is in the vocabulary; without a target, if the label is. With its own
+        tokenizer the drafter must have read the text before it, too.
         """
         if self._vocabulary_R is None:
             return None
         if target is None or not self.reads_target:
-            return self.labels_N[part.rows] >= 0
-        assert target.learnable_U is not None
-        return self._at(part, target, target.learnable_U)
+            drafted_N = self.labels_N[part.rows] >= 0
+        else:
+            assert target.learnable_U is not None
+            drafted_N = self._at(part, target, target.learnable_U)
+        return drafted_N if self._readable_N is None else drafted_N & self._readable_N[part.rows]
 
     def of(
         self,
@@ -240,7 +256,8 @@ class RowValues:
             values = dict(self.loss.per_row(rows))
             if self._target is not None and self.measured:
                 with torch.no_grad():
-                    values[ACCEPTANCE] = known_acceptance(rows) if named else self._acceptance(part, target, rows)
+                    rate_N = known_acceptance(rows) if named else self._acceptance(part, target, rows)
+                    values[ACCEPTANCE] = rate_N if self._readable_N is None else rate_N * self._readable_N[part.rows]
         return values
 
     def combined(self, named: Mapping[str, Tensor], index: RowIndex, learnable_N: Tensor | None) -> Tensor:
@@ -313,4 +330,12 @@ def connected_zero(drafted: DraftOutput, depth: int) -> Tensor:
 
 def piece_size(rows: AlignedRows, *, columns: int, chunk_rows: int | None) -> int:
     """Return the positions of a piece."""
-    return chunk_rows or max(1, PIECE_BYTES.on(rows.tokens_N.device) // (4 * columns))
+    device = rows.tokens_N.device
+    return chunk_rows or max(LEAST_ROWS.on(device), PIECE_BYTES.on(device) // (4 * columns))
+
+
+def bands(logits_nV: Tensor) -> list[slice]:
+    """Return spans of rows that the arithmetic of a loss reads at once; one where there are no rows."""
+    count, columns = logits_nV.shape
+    size = max(1, BAND_BYTES.on(logits_nV.device) // (4 * columns))
+    return [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]

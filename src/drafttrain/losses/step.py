@@ -47,6 +47,10 @@ class AsksRows(Protocol):
         """Return which rows training reads, those of the loss first."""
         ...
 
+    def with_own_text(self, batch: DraftBatch) -> DraftBatch:
+        """Return a batch with its text in the drafter's own tokens, if it has others."""
+        ...
+
 
 def batch_loss(
     drafter: Callable[[DraftBatch], DraftOutput],
@@ -78,7 +82,7 @@ def with_plan(drafter: AsksRows, loss: Loss, batch: DraftBatch) -> DraftBatch:
     """Return a batch that is still on the host with the rows that the loss and the drafter will ask for."""
     of_loss, *others = drafter.rows_asked()
     asked = [replace(of_loss, block_length=loss.block_length), *others]
-    return planned(batch, asked, slots=drafter.reads_slots)
+    return planned(drafter.with_own_text(batch), asked, slots=drafter.reads_slots)
 
 
 def drafted_loss(

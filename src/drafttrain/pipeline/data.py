@@ -7,7 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from drafttrain.config.recipe import Recipe
+from drafttrain.core.console import say
 from drafttrain.core.digests import files_digest
 from drafttrain.core.errors import DataError, RecipeError
 from drafttrain.data_gen.backends.vllm import environment_on
@@ -21,6 +24,7 @@ from drafttrain.pipeline.model_parts import target_parts
 from drafttrain.pipeline.run import Run
 from drafttrain.target_model.device import kind_of_device
 from drafttrain.target_model.tokenizer import tokenizer_files, tokenizer_folder
+from drafttrain.training.settings import TrainSettings
 
 FEW_WIDTHS = 128
 """On a GPU, and when compiled, row widths are rounded up to this multiple: kernels are chosen by shape, so few shapes should occur."""
@@ -126,16 +130,29 @@ def contaminated_prompts(run: Run, prompts: Prompts) -> list[str]:
 
 def own_batches(data: Any, settings: Any, *, device: Any) -> Callable[[int], list[Any]]:
     """Return the function from a step to the micro-batches of this process, for training on a device."""
-    here, multiple = world(), 1
-    if settings.compile or device.type == "cuda":
-        multiple = FEW_WIDTHS
-    elif settings.precision == "bf16-mixed":
-        multiple = FEW_WIDTHS_IN_HALF
+    here = world()
     return partial(
         data.of_step,
         batch_size=settings.batch_size,
         records_per_device=settings.records_per_device,
         rank=here.rank,
         world_size=here.size,
-        multiple=multiple,
+        multiple=_multiple(settings, device),
     )
+
+
+def say_how_full(data: TrainingData, settings: TrainSettings, *, device: torch.device) -> None:
+    """Print how much of the rows of a training is padding."""
+    packed, single = data.filled(
+        batch_size=settings.batch_size,
+        records_per_device=settings.records_per_device,
+        world_size=world().size,
+        multiple=_multiple(settings, device),
+    )
+    say(f"packing: {packed:.0%} of the rows are tokens, the rest is padding; with one record a row, {single:.0%}")
+
+
+def _multiple(settings: Any, device: torch.device) -> int:
+    if settings.compile or device.type == "cuda":
+        return FEW_WIDTHS
+    return FEW_WIDTHS_IN_HALF if settings.precision == "bf16-mixed" else 1

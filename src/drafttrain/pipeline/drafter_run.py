@@ -16,6 +16,7 @@ from drafttrain.core.errors import CheckpointError, DataError, DrafttrainError
 from drafttrain.core.files import folder_beside
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.vocabulary import share_of_tokens
+from drafttrain.data_gen.on_policy import OnPolicyData
 from drafttrain.data_gen.training_data import TrainingData, attach_cache
 from drafttrain.distributed.collectives import first_before_others, shared, wait_for_all
 from drafttrain.distributed.world import is_first
@@ -24,7 +25,7 @@ from drafttrain.eval.result import Result
 from drafttrain.export.drafter import CalibrationTexts, DrafterExporter
 from drafttrain.losses import Loss, losses
 from drafttrain.losses.ce import CrossEntropy
-from drafttrain.pipeline.data import contaminated_prompts, own_batches, training_data
+from drafttrain.pipeline.data import contaminated_prompts, own_batches, say_how_full, training_data
 from drafttrain.pipeline.evaluating import evaluate_folders
 from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.validation import Validation
@@ -64,7 +65,7 @@ class DrafterRun(Run):
             "training",
             drafter,
             loss,
-            data,
+            self._drawing(data, drafter) or data,
             self.recipe.train,
             target=self.target if self.has_target() and reads_target else None,
             estimator=self.validation.estimator if self.has_target() else None,
@@ -72,6 +73,22 @@ class DrafterRun(Run):
         )
         if is_first():
             self.folder.remove_results()
+
+    def _drawing(self, data: TrainingData, drafter: Drafter) -> OnPolicyData | None:
+        """Return the data with answers of the drafter in training; None: the recipe asks for none."""
+        settings, train = self.recipe.data.on_policy, self.recipe.train
+        if settings is None or not settings.fraction:
+            return None
+        drawing = OnPolicyData(
+            data,
+            settings,
+            drafter=drafter.language_model,
+            target=self.target,
+            num_steps=train.max_steps,
+            seed=self.recipe.seed,
+        )
+        drawing.say_cost(batch_size=train.batch_size)
+        return drawing
 
     def start(self, data: TrainingData) -> Drafter:
         """Return the drafter as distillation finds it, pretrained or not, and export it as the run's start."""
@@ -90,7 +107,9 @@ class DrafterRun(Run):
         vocabulary = getattr(self.drafter, "vocabulary", None)
         if vocabulary is not None and self.has_target():
             share = share_of_tokens([text.new for text in self.validation.texts], vocabulary)
-            say(f"draft vocabulary: {share:.2%} of the target's tokens on the validation prompts")
+            say(
+                f"draft vocabulary: {len(vocabulary):,} tokens, {share:.2%} of the target's tokens on the validation prompts"
+            )
 
     def write_start(self, *, steps: int = 0) -> None:
         """Export the drafter in memory as the run's start, unless there is one."""
@@ -110,7 +129,7 @@ class DrafterRun(Run):
         what: str,
         drafter: Drafter,
         loss: Loss,
-        data: TrainingData,
+        data: TrainingData | OnPolicyData,
         settings: TrainSettings,
         *,
         target: Target | None = None,
@@ -121,16 +140,19 @@ class DrafterRun(Run):
         from drafttrain.training.run import train
 
         parameters = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
+        device = next(drafter.parameters()).device
         say(f"{what} {parameters:,} parameters for {settings.max_steps:,} steps")
+        say_how_full(data, settings, device=device)
         return train(
             drafter,
             loss,
             target=target,
-            of_step=own_batches(data, settings, device=next(drafter.parameters()).device),
+            of_step=own_batches(data, settings, device=device),
             estimate=estimator() if estimator else None,
             settings=settings,
             vocab_size=self.num_tokens,
             folder=folder,
+            drawing=data if isinstance(data, OnPolicyData) else None,
         )
 
     def export(self, done: TrainResult) -> None:
@@ -230,7 +252,7 @@ class DrafterRun(Run):
         torch.manual_seed(recipe.seed)
         target = self.target if self.has_target() else None
         entry = cast(Any, drafters.entry(settings.kind).component)
-        drafter: Drafter = entry.create(settings, target=target, tokenizer=self.tokenizer)
+        drafter: Drafter = entry.for_training(settings, target=target, tokenizer=self.tokenizer)
         if recipe.train.device != "auto":
             return drafter.to(pick_device(recipe.train.device))
         return drafter.to(target.device if target is not None else pick_device(recipe.target.device))

@@ -138,9 +138,18 @@ class RunFolder:
         write_text(self.recipe, dump_recipe(recipe))
         self._note_provenance()
 
+    def changes_of_training(self, recipe: Recipe) -> list[str]:
+        """Return what keeps a recipe from continuing the training begun here; empty where none began, or there is no folder."""
+        held = self.stored_recipe()
+        return self._changes(held, recipe) if held is not None and self._began() else []
+
+    def _changes(self, held: Recipe, recipe: Recipe) -> list[str]:
+        """Return how the settings differ that the weights depend on."""
+        return differences(*(_training_settings(one, done=self.train_done.exists()) for one in (held, recipe)))
+
     def _check_same_training(self, held: Recipe, recipe: Recipe) -> None:
         """Refuse a change of what the weights depend on; before the training begins, make again what depends on it."""
-        changes = differences(*(_training_settings(one, done=self.train_done.exists()) for one in (held, recipe)))
+        changes = self._changes(held, recipe)
         if not changes:
             return
         if self._began():

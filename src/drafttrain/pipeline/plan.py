@@ -26,6 +26,8 @@ from drafttrain.training.what_helps import what_helps
 
 SHARDED_FROM_STAGE = {"optimizer_bytes": 1, "gradient_bytes": 2, "drafter_bytes": 3}
 """From which ZeRO stage on each process holds its share of these."""
+EXACT, COUNTED, ASSUMED = "exact", "counted", "assumed"
+"""How a figure of a plan is known."""
 UTILIZATION = 0.4
 """Share of a GPU's peak that is assumed, not measured."""
 
@@ -171,6 +173,27 @@ def plan_of(recipe: Recipe, gpu: Gpu | None, *, utilization: float = UTILIZATION
     )
 
 
+def memory_of_parts(plan: Plan) -> Iterator[tuple[str, float, str]]:
+    """Yield what takes memory on a device, with its bytes, and how they are known. The peak is not their sum."""
+    cost, settings = plan.cost, plan.settings
+    batch = f"{settings.largest_micro_batch(plan.processes)} x {plan.recipe.data.max_length} tokens"
+    yield "weights of the target", plan.held("target_bytes"), EXACT
+    yield "weights of the drafter", plan.held("drafter_bytes"), EXACT
+    yield "gradients", plan.held("gradient_bytes"), EXACT
+    yield f"state of {settings.optimizer}", plan.held("optimizer_bytes"), EXACT
+    yield f"activations that the drafter keeps of {batch}", cost.kept, COUNTED
+    yield "logits of the loss, at most", cost.logits, COUNTED
+    yield "all together at the peak of a step", plan.memory, COUNTED
+    if plan.gpu is not None:
+        yield "CUDA's context and fragmentation, about", RESERVED_BYTES, ASSUMED
+
+
+def size_in_gb(num_bytes: float) -> str:
+    """Return GB of 10^9 bytes; small sizes with the digits that they need."""
+    size = num_bytes / 1e9
+    return f"{size:.1f}" if size >= 10 or size == 0 else f"{size:.3g}"
+
+
 def sized_parts(recipe: Recipe, *, device_type: str) -> Trained:
     """Return the drafter, loss and target that a recipe trains with, made where tensors have no data.
 
@@ -180,7 +203,7 @@ def sized_parts(recipe: Recipe, *, device_type: str) -> Trained:
     """
     target = SizedTarget.of(recipe.target, device_type=device_type)
     component: Any = drafters.entry(recipe.drafter.kind).component
-    drafter = component.sized(recipe.drafter, target=target, tokenizer=target.tokenizer)
+    drafter = component.for_training(recipe.drafter, target=target, tokenizer=target.tokenizer, sized=True)
     loss = losses.build(recipe.loss)
     stored = Wanted.of(recipe.data, distribution=loss.needs_target, needs=drafter.needs())
     if stored is not None and (reason := drafter.why_not_cached()):

@@ -25,9 +25,12 @@ from drafttrain.pipeline.model_parts import ModelParts, NotHere, target_parts
 from drafttrain.target_model.end_tokens import end_of_text_id
 from drafttrain.target_model.folder_checks import check_model_files
 from drafttrain.target_model.folders import fingerprint_of
+from drafttrain.target_model.other_tokenizer import OtherTokenizer
 from drafttrain.target_model.tokenizer import check_same_tokenizer, tokenizer_files, tokenizer_fingerprint
 
 FIRST_SHOWN = 3
+OWN_TOKENIZER, TARGET_TOKENIZER = "drafter.tokenizer", "target.tokenizer"
+"""Keys that name a tokenizer without a model."""
 PYTHON_TEXT = ("builtin:test", "builtin:validation")
 """Built-in prompts of source code."""
 
@@ -53,11 +56,15 @@ def problems_of(recipe: Recipe, *, fetch: bool = True, data: bool = True) -> Ite
         target = target_parts(recipe.target, fetch=fetch)
         yield from _problems_under(target.key, lambda: _of_target(target, recipe))
     elif recipe.target.tokenizer is not None:
-        target = ModelParts("target.tokenizer", recipe.target.tokenizer, fetch=fetch)
+        target = ModelParts(TARGET_TOKENIZER, recipe.target.tokenizer, fetch=fetch)
         yield from _problems_under(target.key, lambda: _reads_tokenizer(target))
+    reads = target
+    if (own := getattr(recipe.drafter, "tokenizer", None)) is not None:
+        reads = ModelParts(OWN_TOKENIZER, own, fetch=fetch)
+        yield from _problems_under(reads.key, lambda: _shares(reads, target))
     if (checkpoint := getattr(recipe.drafter, "checkpoint", None)) is not None:
         drafter = ModelParts("drafter.checkpoint", checkpoint, fetch=fetch)
-        yield from _problems_under(drafter.key, lambda: _of_start(drafter, target, recipe))
+        yield from _problems_under(drafter.key, lambda: _of_start(drafter, reads, recipe))
     if recipe.head is not None:
         drafter = ModelParts("head.drafter", recipe.head.drafter, fetch=fetch)
         yield from _problems_under(drafter.key, lambda: _same_tokenizer(drafter, target))
@@ -75,7 +82,7 @@ def check_drafters(target: Any, drafters: Sequence[str], *, source: str = "argum
     problems = list(_problems_under(parts.key, lambda: _rows(parts)))
     for name in drafters:
         drafter = ModelParts(name, name)
-        problems += _problems_under(name, partial(_same_tokenizer, drafter, parts))
+        problems += _problems_under(name, partial(_reads_for, drafter, parts))
     if problems:
         raise RecipeError(source, problems)
 
@@ -253,14 +260,39 @@ def _of_start(drafter: ModelParts, target: ModelParts, recipe: Recipe) -> Iterat
     yield from _same_tokenizer(drafter, target)
 
 
+def _reads_for(drafter: ModelParts, target: ModelParts) -> Iterator[str]:
+    """Yield why a drafter folder cannot draft for a target: it has the target's tokenizer, or is a model with its own."""
+    about = read_about(drafter.folder)
+    model = about is None or about.own_tokenizer
+    if not model or drafter.tokenizer.get_vocab() == target.tokenizer.get_vocab():
+        yield from _same_tokenizer(drafter, target)
+        return
+    check_model_files(drafter.folder)
+    yield from _shares(drafter, target)
+    if drafter.num_rows < drafter.num_ids:
+        yield f"{drafter.name} has {drafter.num_rows} embedding rows, but its tokenizer has {drafter.num_ids} tokens: the last ones have no row"
+
+
+def _shares(own: ModelParts, target: ModelParts) -> Iterator[str]:
+    """Yield why a drafter with its own tokenizer cannot draft for a target; print how many tokens they share."""
+    rows = None if target.key == TARGET_TOKENIZER else target.num_rows
+    other = OtherTokenizer(target.tokenizer, own.tokenizer, target_rows=rows, name=own.name)
+    if other.problem is not None:
+        yield other.problem
+    else:
+        say(f"{own.key}: {other}")
+
+
 def _same_tokenizer(drafter: ModelParts, target: ModelParts) -> Iterator[str]:
     check_model_files(drafter.folder)
     about = read_about(drafter.folder)
     # A folder without tokenizer files has only the digest, which loading checks.
     if about is None or tokenizer_files(drafter.folder):
-        check_same_tokenizer(target.tokenizer, drafter.tokenizer, drafter=drafter.name)
+        whose = "recipe" if target.key == OWN_TOKENIZER else "target"
+        check_same_tokenizer(target.tokenizer, drafter.tokenizer, drafter=drafter.name, whose=whose)
     rows = text_config(read_json(drafter.folder / "config.json")).get("vocab_size")
-    ids = target.num_ids if target.key == "target.tokenizer" else min(target.num_ids, target.num_rows)
+    alone = target.key in (OWN_TOKENIZER, TARGET_TOKENIZER)
+    ids = target.num_ids if alone else min(target.num_ids, target.num_rows)
     if isinstance(rows, int) and rows < ids:
         yield f"{drafter.name} has {rows} embedding rows, but the target's tokenizer has {ids} tokens: the last ones have no row"
 

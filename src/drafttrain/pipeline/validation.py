@@ -18,7 +18,7 @@ from drafttrain.data_gen.states import states
 from drafttrain.data_gen.stored.validation_target import cached_continuations, cached_target
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.repetition import tokens_before_repetition
-from drafttrain.eval.replay import Text, expected_rounds, replay_rows
+from drafttrain.eval.replay import Text, expected_rounds, mean_bound, replay_rows
 from drafttrain.pipeline.data import contaminated_prompts
 from drafttrain.pipeline.evaluating import check_lengths
 from drafttrain.pipeline.run import Run
@@ -112,11 +112,16 @@ class Validation:
                 rows = replay_rows(target, drafter, texts, self.sampling, num_depths=max(lengths))
             by_length = {k: tokens / sum(expected_rounds(r, k) for r in rows) for k in lengths}
             alpha = sum(float(r.acceptance_T.sum()) for r in rows) / tokens
+            most = (
+                ""
+                if drafter.vocabulary is None
+                else f" (at most {mean_bound(rows):.3f}, the target's probability of the draft vocabulary)"
+            )
             efficiencies = "  ".join(f"K={k}: {value:.2f}" for k, value in by_length.items())
             return {
                 "block_efficiency": by_length[length],
                 "alpha": alpha,
-                "message": f"block efficiency by replay {efficiencies}  alpha {alpha:.3f}",
+                "message": f"block efficiency by replay {efficiencies}  alpha {alpha:.3f}{most}",
             }
 
         return estimate

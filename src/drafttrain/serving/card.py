@@ -20,6 +20,7 @@ from drafttrain.eval.table import (
 )
 from drafttrain.export.markdown import block, code, plain
 from drafttrain.serving.engines import ServingEngine, Use, engine_of, engines
+from drafttrain.serving.engines.transformers import with_own_tokenizer
 
 USE = "## Use\n\n"
 SERVED = "## In serving engines"
@@ -147,6 +148,15 @@ def _use(result: Result, drafter: str) -> str:
     kind, wanted = about.kind, about.about.draft if about.about else "sampled"
     num_draft_tokens = length.get("depth") or length.get("num_draft_tokens") or NUM_DRAFT_TOKENS
     num_draft_tokens = min(num_draft_tokens, about.deepest or num_draft_tokens)
+    if about.about is not None and about.about.own_tokenizer:
+        use = Use("DRAFTER", kind, num_draft_tokens, wanted)
+        return "\n\n".join(
+            [
+                "TARGET is the target's folder or hub id, DRAFTER this folder, whose tokenizer is another one. transformers:",
+                textwrap.indent(with_own_tokenizer("TARGET", use), "    "),
+                "No serving engine here passes text between two tokenizers: elsewhere decode with `drafttrain eval DRAFTER`.",
+            ]
+        )
     blocks = [PLACEHOLDERS]
     for engine in map(engine_of, engines.names()):
         if kind in engine.methods:

@@ -187,6 +187,11 @@ class CachedLM:
         for cache in self._caches():
             cache.keep(nodes)
 
+    def cut(self, lengths: Sequence[int]) -> None:
+        """Keep only the first tokens of each sequence, also of those that were kept before; all pending ones form chains."""
+        for cache in self._caches():
+            cache.cut(lengths)
+
     def drop(self, keep: Sequence[int]) -> None:
         """Keep only these sequences, in this order. The others are finished."""
         for cache in self._caches():

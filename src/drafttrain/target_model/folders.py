@@ -15,6 +15,11 @@ from drafttrain.target_model.gguf_folder import SUFFIX, folder_of_gguf
 from drafttrain.target_model.known_targets import KNOWN, fetch, fetched_file, known_target
 
 BUILTIN = "builtin:"
+PUBLISHED = Path(__file__).parent / "published"
+"""The sizes in the config.json of the models that bundled recipes name, by hub id: a plan then needs no hub.
+
+As published by their makers on the hub; `tests/target_model/test_published.py` compares the weights with the published numbers.
+"""
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
 """Files that are fetched from a hub model."""
 
@@ -55,11 +60,15 @@ def resolve_folder(name: str, *, revision: str | None = None) -> Path:
 
 
 def config_folder(name: str, *, revision: str | None = None) -> Path:
-    """Return the local folder of a name. Of a hub id only config.json is fetched.
+    """Return a local folder with the config.json of a name: of a hub id without one here, only that file is fetched.
 
     Raises:
         CheckpointError: There is no such folder, or it has no config.json.
     """
+    hub_id = known_target(name.removeprefix(KNOWN)).hub_id if name.startswith(KNOWN) else name
+    published = PUBLISHED / hub_id.replace("/", "--") / "config.json"
+    if revision is None and not Path(name).exists() and published.is_file():
+        return published.parent
     folder = (
         _fetched(name, ("config.json",), revision=revision, instead="; a folder with its config.json alone is enough")
         if _may_be_on_hub(name)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from drafttrain.core.batches import Head
+from drafttrain.core.eight_bit import as_states
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.few_sizes import in_few_sizes
 from drafttrain.core.linear_head import LinearHead, no_autocast_if_frozen
@@ -80,7 +81,7 @@ class LiveRows:
     def _states(self, index_N: Tensor) -> Tensor:
         """Return states_PD, with rows of padding."""
         # Cached states may have another type than the head.
-        return in_few_sizes(_rows_at(self._final_BTD, index_N).to(self._model.dtype))
+        return in_few_sizes(as_states(_rows_at(self._final_BTD, index_N)).to(self._model.dtype))
 
 
 class SummedRows(LiveRows):
@@ -134,6 +135,32 @@ def head_of(model: Any, *, before: nn.Module | None = None) -> Head:
         entering = before or nn.Identity()
         return lambda states_ND, depth: head_logits(model, entering(states_ND).to(model.dtype))
     return LinearHead(lambda depth: head, before=before, after=finisher(model.config.get_text_config()))
+
+
+def some_rows(head: Head, ids_R: Tensor) -> Head:
+    """Return the head of some tokens, whose gradient reaches the whole head. A plain matrix multiplies only these rows."""
+    if not isinstance(head, LinearHead) or head.added is not None or hasattr(head.linear(1).weight, "ds_id"):
+        return lambda states_ND, depth: head(states_ND, depth)[:, ids_R]
+    chosen: dict[int, Any] = {}
+
+    def rows(depth: int) -> Any:
+        if depth not in chosen:
+            whole = head.linear(depth)
+            chosen[depth] = _Rows(whole.weight[ids_R], None if whole.bias is None else whole.bias[ids_R])
+        return chosen[depth]
+
+    return LinearHead(rows, before=head.before, after=head.after)
+
+
+class _Rows:
+    """An output matrix that is computed from another, as `LinearHead` uses it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, states_ND: Tensor) -> Tensor:
+        return linear(states_ND, self.weight, self.bias)
 
 
 def rows_of_head(model: Any, ids_R: Tensor) -> nn.Linear:

@@ -115,6 +115,11 @@ class RaggedCache:
         self.kept = list(lengths)
         self._fit(width)
 
+    def cut(self, lengths: Sequence[int]) -> None:
+        """Keep only the first tokens of every sequence, also of those that were kept before."""
+        self.kept = [min(kept, length) for kept, length in zip(self.kept, lengths, strict=True)]
+        self.keep([range(length - kept) for kept, length in zip(self.kept, lengths, strict=True)])
+
     def select(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences, in this order; nothing may be pending."""
         assert self.lengths == self.kept, "keep or drop the pending tokens before sequences are dropped"

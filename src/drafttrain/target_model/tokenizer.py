@@ -72,8 +72,11 @@ def num_ids(tokenizer: Any) -> int:
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
-def check_same_tokenizer(target_tokenizer: Any, drafter_tokenizer: Any, *, drafter: str) -> None:
+def check_same_tokenizer(target_tokenizer: Any, drafter_tokenizer: Any, *, drafter: str, whose: str = "target") -> None:
     """Refuse a drafter whose tokenizer differs from the target's in any token.
+
+    Args:
+        whose: In the message: the target's, or that of another one.
 
     Raises:
         CheckpointError: Lists the first tokens that differ.
@@ -85,9 +88,9 @@ def check_same_tokenizer(target_tokenizer: Any, drafter_tokenizer: Any, *, draft
     )
     if different:
         shown = ", ".join(
-            f"{t!r} (target {ours.get(t, 'none')}, drafter {theirs.get(t, 'none')})" for t in different[:5]
+            f"{t!r} ({whose} {ours.get(t, 'none')}, drafter {theirs.get(t, 'none')})" for t in different[:5]
         )
         raise CheckpointError(
-            f"{drafter}: its tokenizer differs from the target's in {len(different)} of {len(ours)} tokens: {shown}. "
-            "Use a drafter with the same tokenizer as the target."
+            f"{drafter}: its tokenizer differs from the {whose}'s in {len(different)} of {len(ours)} tokens: {shown}. "
+            f"Use a drafter with the same tokenizer as the {whose}, or for a causal_lm set drafter.tokenizer."
         )

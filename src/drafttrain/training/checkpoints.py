@@ -19,12 +19,12 @@ from lightning.pytorch import LightningModule, Trainer
 
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError, Interrupted
-from drafttrain.core.files import folder_beside
+from drafttrain.core.files import folder_beside, only_full
 from drafttrain.distributed.collectives import at_step, first_before_others, shared, sums_later
 from drafttrain.distributed.world import is_first, world
 from drafttrain.training.callbacks import StepEnd
 from drafttrain.training.checkpoint_file import CheckpointFile
-from drafttrain.training.full_disk import could_be_written, only_full
+from drafttrain.training.full_disk import could_be_written
 from drafttrain.training.settings import TrainSettings
 from drafttrain.training.step_module import StepModule
 from drafttrain.training.strategy import whole

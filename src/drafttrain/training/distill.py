@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from drafttrain.core.batches import DraftBatch
@@ -23,6 +24,9 @@ from drafttrain.training.flops import distill_flops
 from drafttrain.training.settings import TrainSettings
 from drafttrain.training.step_module import StepModule
 
+OF_DRAWS = ("drawn_share", "drawn_tokens")
+"""Columns of metrics.csv at the step of the row: share of the records that the drafter in training wrote, their mean number of labels."""
+
 
 class DistillModule(StepModule):
     """Trains a drafter against a frozen target.
@@ -30,22 +34,31 @@ class DistillModule(StepModule):
     Args:
         target: None when neither the drafter nor the loss needs one, or when batches bring cached rows.
         vocab_size: Ids that target, drafter and tokenizer share; logits are cut to these.
+        draws: The drafter in training writes a part of the records; metrics.csv then has figures of these.
     """
 
     trained: Drafter
 
     def __init__(
-        self, drafter: Drafter, loss: Loss, *, target: Target | None, settings: TrainSettings, vocab_size: int
+        self,
+        drafter: Drafter,
+        loss: Loss,
+        *,
+        target: Target | None,
+        settings: TrainSettings,
+        vocab_size: int,
+        draws: bool = False,
     ) -> None:
         super().__init__(drafter, settings=settings)
         self.loss = loss
         self.vocab_size = vocab_size
         # No submodule: it must never enter a checkpoint.
         self.target = target
+        self.draws = draws
 
     def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch, scaled so that the gradients of a step add up to the mean over its positions."""
-        batch = self._with_target(batch)
+        batch = self._with_target(batch.restored())
         self.clock.enter("forward")
         made = batch_loss(
             self.trained,
@@ -56,7 +69,7 @@ class DistillModule(StepModule):
             measured=self.writes_a_row(),
         )
         if self.writes_a_row():
-            self.count_figures(made.figures)
+            self.count_figures({**made.figures, **self._of_draws(batch)})
         acceptance = () if made.acceptance_N is None else (made.acceptance_N.sum(), len(made.acceptance_N))
         self.count(made.total, len(made.loss_N), *acceptance)
         return self.scaled(made.total, batch)
@@ -104,8 +117,14 @@ class DistillModule(StepModule):
 
     @property
     def figure_names(self) -> Sequence[str]:
-        """Those that the drafter names."""
-        return self.trained.figures
+        """Those that the drafter names, and those of the answers that it writes itself."""
+        return [*self.trained.figures, *(OF_DRAWS if self.draws else ())]
+
+    def _of_draws(self, batch: DraftBatch) -> dict[str, tuple[Tensor, int]]:
+        share, length = OF_DRAWS
+        drawn = [number for number in batch.drawn_tokens if number]
+        sums_2 = torch.tensor([len(drawn), sum(drawn)])
+        return {share: (sums_2[0], len(batch.drawn_tokens)), length: (sums_2[1], len(drawn))} if self.draws else {}
 
     def end_of_step(self) -> None:
         """Let the loss update the state that it carries from step to step."""

@@ -18,7 +18,7 @@ def distill_flops(drafter: Drafter, target: Target | None, shape: BatchShape, *,
         reads: The target is run, as far as its states are asked for.
         head: The target's distribution is made from states: its head once for each position that a loss compares with.
     """
-    return total([*drafter.products(shape), *_of_target(drafter, target, shape, reads=reads, head=head)])
+    return total([*drafter.work(shape), *_of_target(drafter, target, shape, reads=reads, head=head)])
 
 
 def _of_target(

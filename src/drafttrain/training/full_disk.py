@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import os
-
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.distributed.collectives import shared
 from drafttrain.training.settings import TrainSettings
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""No space left, quota exceeded, file too large."""
-
-
-def only_full(error: OSError) -> OSError:
-    """Return the error if it means that the disk is full; raise any other.
-
-    Native writers pass on the text of the error without its number.
-    """
-    if error.errno in FULL or any(os.strerror(number) in str(error) for number in FULL):
-        return error
-    raise error
 
 
 def could_be_written(what: str, failure: OSError | None, *, settings: TrainSettings, instead: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from drafttrain.training.peak import peak_tflops
 
 MEMORY_AND_BANDWIDTH = {
-    "b200": (180, 7700),
+    "b200": (180, 8000),
     "h200": (141, 4800),
     "h100": (80, 3350),
     "h100-pcie": (80, 2000),
@@ -29,7 +29,13 @@ MEMORY_AND_BANDWIDTH = {
     "mi325x": (256, 6000),
     "mi300x": (192, 5300),
 }
-"""GB and GB/s, from the makers' data sheets; `h100`, `a100-80gb` and `h200` are the SXM ones. Not measured here."""
+"""GB and GB/s of the makers' data sheets; `h100`, `a100-80gb` and `h200` are the SXM ones. Not measured here.
+
+Compared on 2026-11-30 with copies of the data sheets, not with the makers' own files: A100, A40, H100, H200, RTX 3090 and B200 (an
+eighth of a DGX B200) with github.com/astroC86/gpu-datasheet; A100, L40S, L4, T4, RTX 4090 with github.com/gmasse/gpu-specs; H100 PCIe
+with NVIDIA's product brief PB-11133-001; H100 NVL, RTX A6000, RTX 5090, MI300X, MI325X with pages of resellers and reviewers. H20,
+A30, A10G and RTX 6000 Ada are from memory. A card has a little more bytes than its GB say.
+"""
 
 RESERVED_BYTES = 2 * 10**9
 """What a GPU's context and the allocator's fragmentation take: 1 to 2 GB."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
+
+from drafttrain.core.batches import Late
 
 
 class Steps:
@@ -101,18 +103,37 @@ class SideStream:
         return sent.batch.each(used_by_current)
 
 
+class Drawing(Protocol):
+    """What draws late micro-batches, and has a state that checkpoints hold."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None: ...
+
+
 class StepData(LightningDataModule):
     """The micro-batches of a training. Lightning builds the loader after a checkpoint was restored.
 
     Args:
         planned: What the host finds out about a micro-batch before it is sent.
+        made: Makes a late micro-batch, in the thread that trains.
     """
 
-    def __init__(self, of_step: Callable[[int], Sequence[Any]], *, planned: Callable[[Any], Any], stop: int) -> None:
+    def __init__(
+        self,
+        of_step: Callable[[int], Sequence[Any]],
+        *,
+        planned: Callable[[Any], Any],
+        made: Callable[[Late], Any],
+        stop: int,
+        drawing: Drawing | None = None,
+    ) -> None:
         super().__init__()
         self._of_step = of_step
         self._planned = planned
+        self._made = made
         self._stop = stop
+        self._drawing = drawing
         self._steps: Steps | None = None
         self._side: SideStream | None = None
 
@@ -127,19 +148,35 @@ class StepData(LightningDataModule):
             stop=self._stop,
             prepared=self._prepared,
             # Lightning fetches one micro-batch ahead, which is copied meanwhile.
-            sent=self._side.send if self._side else lambda batch: batch,
+            sent=self._sent,
         )
         return self._steps
 
     def _prepared(self, batch: Any) -> Any:
+        if isinstance(batch, Late):
+            return batch
         planned = self._planned(batch)
         return planned if self._side is None else self._side.pinned(planned)
 
+    def _sent(self, batch: Any) -> Any:
+        return batch if self._side is None or isinstance(batch, Late) else self._side.send(batch)
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Return a micro-batch on the device; it is made on the CPU."""
+        """Return a micro-batch on the device; it is made on the CPU. The weights are those that will read it."""
+        if isinstance(batch, Late):
+            batch = self._sent(self._prepared(self._made(batch)))
         if self._side is not None:
             return self._side.received(batch)
         return batch if device.type == "cpu" else batch.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training needs of late micro-batches."""
+        return {} if self._drawing is None else self._drawing.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+        if self._drawing is not None:
+            self._drawing.load_state_dict(state_dict)
 
     def close(self) -> None:
         """End the loader's thread."""

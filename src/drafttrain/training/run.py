@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
-from drafttrain.core.batches import DraftBatch
+from drafttrain.core.batches import DraftBatch, Late
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import write_json
@@ -30,7 +30,7 @@ from drafttrain.training.checkpoints import Checkpoints, newest_checkpoint_for_a
 from drafttrain.training.compiled import compile_step
 from drafttrain.training.distill import DistillModule
 from drafttrain.training.head import HeadModule
-from drafttrain.training.loader import StepData
+from drafttrain.training.loader import Drawing, StepData
 from drafttrain.training.memory import advice_on_memory
 from drafttrain.training.metrics_log import MetricsLog
 from drafttrain.training.precision import float32_products, note_on_float32
@@ -48,11 +48,12 @@ def train(
     loss: Loss,
     *,
     target: Target | None,
-    of_step: Callable[[int], list[DraftBatch]],
+    of_step: Callable[[int], Sequence[DraftBatch | Late]],
     estimate: Callable[[Any], Mapping[str, Any]] | None,
     settings: TrainSettings,
     vocab_size: int,
     folder: Path,
+    drawing: Drawing | None = None,
 ) -> TrainResult:
     """Train a drafter, continuing from the newest checkpoint in `folder` if there is one.
 
@@ -60,6 +61,7 @@ def train(
         of_step: The micro-batches of an optimizer step on this rank; a thread calls it, so it must leave all models alone.
         estimate: From a drafter to `{"block_efficiency", "alpha", "message"}` on held-out prompts.
         folder: Gets metrics.csv, checkpoints/, best/ and train.json.
+        drawing: What draws the late micro-batches of `of_step`.
 
     Raises:
         Interrupted: On SIGTERM or SIGINT, after a checkpoint was saved.
@@ -68,13 +70,15 @@ def train(
         compile_step(drafter, loss)
     if settings.activation_checkpointing:
         drafter.recompute_activations()
-    module = DistillModule(drafter, loss, target=target, settings=settings, vocab_size=vocab_size)
+    module = DistillModule(
+        drafter, loss, target=target, settings=settings, vocab_size=vocab_size, draws=drawing is not None
+    )
     held_out = HeldOut(estimate) if estimate else None
     frozen = [FrozenTarget(target)] if target else []
     for one in frozen:
         agree("the target's files (fingerprint)", one.target.fingerprint)
         agree("the target's weights in memory (digest)", one.before[:12])
-    return _fit(module, of_step, held_out=held_out, frozen=frozen, folder=folder)
+    return _fit(module, of_step, held_out=held_out, frozen=frozen, folder=folder, drawing=drawing)
 
 
 def train_head(
@@ -106,6 +110,7 @@ def _fit(
     held_out: HeldOut | None,
     frozen: Sequence[FrozenTarget],
     folder: Path,
+    drawing: Drawing | None = None,
 ) -> TrainResult:
     settings, device = module.settings, next(module.trained.parameters()).device
     if note := note_on_float32(settings, device, frozen[0].target if frozen else None):
@@ -153,7 +158,7 @@ def _fit(
         newest = newest_checkpoint_for_all(checkpoints)
         if newest:
             say(f"continuing from {newest}")
-        data = StepData(of_step, planned=module.planned, stop=settings.max_steps)
+        data = StepData(of_step, planned=module.planned, made=module.made, stop=settings.max_steps, drawing=drawing)
         on_device = float32_products(settings, device)
         with advice_on_memory(module), saver.taking_requests(), on_device, closing(data):
             trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)

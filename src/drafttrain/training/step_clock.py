@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-PHASES = ("fetch", "target", "forward", "backward", "optimizer", "validation", "checkpoint", "other")
+PHASES = ("fetch", "draw", "target", "forward", "backward", "optimizer", "validation", "checkpoint", "other")
 """The phases of a step, in order."""
 
 PENDING = 512

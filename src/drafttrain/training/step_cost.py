@@ -59,6 +59,20 @@ class Trained:
         summed = self.drafter.vocabulary is not None and self.stored.distribution == "states"
         return self.stored.empty(shape, self.target, summed=summed)
 
+    def sizes(self) -> dict[str, int]:
+        """Return what the sizes alone decide of a `StepCost`: parameters, and bytes of weights and of the optimizer's state."""
+        drafter, model = self.drafter, self.target.model
+        trained = [p for p in drafter.parameters() if p.requires_grad]
+        frozen = [*model.parameters(), *(p for p in drafter.parameters() if not p.requires_grad)]
+        return {
+            "trained": sum(p.numel() for p in trained),
+            "frozen": sum({id(p): p.numel() for p in frozen}.values()),
+            "target_bytes": _bytes([*model.parameters(), *model.buffers()]),
+            "blocks_bytes": weight_bytes(blocks(model)),
+            "drafter_bytes": _bytes([*drafter.parameters(), *drafter.buffers()]),
+            "optimizer_bytes": state_bytes(drafter, self.settings),
+        }
+
     def bytes_stored(self) -> int:
         """Return the bytes that are stored for a token."""
         return sum(array.nbytes for array in self.stored_arrays().values())
@@ -100,10 +114,6 @@ class StepCost:
         """Peak bytes. A GPU's context and the allocator's fragmentation, 1 to 2 GB, come on top."""
         return self.target_bytes + self.trained_bytes + self.peak
 
-    def seconds(self, *, peak_flops: float, utilisation: float) -> float:
-        """Return the time of the micro-batch on a device with this peak and this utilisation by needed operations."""
-        return self.needed / (peak_flops * utilisation)
-
 
 def step_cost(
     build: Callable[[], Trained],
@@ -133,7 +143,6 @@ def step_cost(
     if made.settings.activation_checkpointing:
         drafter.recompute_activations()
     trained = [p for p in drafter.parameters() if p.requires_grad]
-    frozen = [*made.target.model.parameters(), *(p for p in drafter.parameters() if not p.requires_grad)]
     outputs = made.target.model.get_output_embeddings()
     widths = {made.vocab_size, int(outputs.weight.shape[0])}
     if drafter.vocabulary is not None:
@@ -147,16 +156,11 @@ def step_cost(
         positions=rows * width,
         executed=counted.flops,
         needed=distill_flops(drafter, made.target, batch.shape, reads=_reads(made), head=_runs_head(made)),
-        trained=sum(p.numel() for p in trained),
-        frozen=sum({id(p): p.numel() for p in frozen}.values()),
-        target_bytes=_bytes([*made.target.model.parameters(), *made.target.model.buffers()]),
-        blocks_bytes=weight_bytes(blocks(made.target.model)),
-        drafter_bytes=_bytes([*drafter.parameters(), *drafter.buffers()]),
         gradient_bytes=_bytes([p.grad for p in trained if p.grad is not None]),
-        optimizer_bytes=state_bytes(drafter, made.settings),
         kept=kept,
         logits=counted.most_wide,
         peak=counted.peak,
+        **made.sizes(),
     )
 
 
@@ -198,7 +202,7 @@ def _step(made: Trained, batch: DraftBatch, counted: Counted, without_data: Fake
         else:
             with without_data:
                 arrays = made.stored_arrays(*batch.tokens_BT.shape)
-            batch = with_arrays(batch, arrays, made.stored, made.target.model, num_tokens=made.vocab_size)
+            batch = with_arrays(batch, arrays, made.stored, made.target.model, num_tokens=made.vocab_size).restored()
         loss = batch_loss(
             drafted, made.loss, batch, vocab_size=made.vocab_size, chunk_rows=made.settings.loss_chunk_rows
         )

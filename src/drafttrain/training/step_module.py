@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,13 +11,14 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from drafttrain.core.batches import DraftBatch
+from drafttrain.core.batches import DraftBatch, Late
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DrafttrainError
 from drafttrain.distributed.collectives import sums_over_processes
 from drafttrain.heads import TokenHead
 from drafttrain.heads.rows import HeadBatch
 from drafttrain.losses.step import share_of_step
+from drafttrain.target_model.weights_digest import add_to_digest
 from drafttrain.training.optimizer import build_optimizer, learning_rate_scale
 from drafttrain.training.settings import TrainSettings
 from drafttrain.training.step_clock import StepClock
@@ -52,6 +54,17 @@ class StepModule(LightningModule):
         self._uncounted: list[Callable[[], int]] = []
         self._in_a_row = 0
         self.strict_loading = False
+        self.frozen_digest = self._digest_beside_adapters()
+        """Of the drafter's own weights, if adapters are trained beside them; empty: there are none."""
+
+    def _digest_beside_adapters(self) -> str:
+        if getattr(self.trained, "lora", None) is None:
+            return ""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.trained.named_parameters()):
+            if not weight.requires_grad:
+                add_to_digest(digest, name, weight)
+        return digest.hexdigest()
 
     def on_train_start(self) -> None:
         """Start the clock on the device of the weights."""
@@ -105,6 +118,13 @@ class StepModule(LightningModule):
         """Return a micro-batch with its plan, which the host computes before the batch is sent to the device."""
         return batch
 
+    def made(self, late: Late) -> Any:
+        """Return a micro-batch that depends on the current weights."""
+        self.clock.enter("draw")
+        batch = late.made()
+        self.clock.enter("fetch")
+        return batch
+
     def count(self, *parts: Tensor | float) -> None:
         """Add to the sums in order; they stay on the loss's device until they are read."""
         self.sums_4 = self.sums_4.to(self.device)
@@ -139,6 +159,7 @@ class StepModule(LightningModule):
         *sums, flops = sums_over_processes([*self.sums_4.tolist(), self.flops])
         checkpoint["sums_4"], checkpoint["flops"] = torch.tensor(sums, dtype=torch.float64), flops
         checkpoint["skipped"] = [self.skipped, self._in_a_row]
+        checkpoint["frozen_digest"] = self.frozen_digest
         frozen = {n for n, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
         checkpoint["state_dict"] = {n: value for n, value in checkpoint["state_dict"].items() if n not in frozen}
 
@@ -146,11 +167,16 @@ class StepModule(LightningModule):
         """Restore the sums on the first process, and check that no trained weight is missing.
 
         Raises:
-            CheckpointError: Naming the weights that are.
+            CheckpointError: Naming the weights that are; or its adapters were trained beside other weights.
         """
         trained = {n for n, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
         if missing := sorted(trained - checkpoint["state_dict"].keys()):
             raise CheckpointError(f"the checkpoint lacks {len(missing)} trained weights: {', '.join(missing[:5])}")
+        if checkpoint.get("frozen_digest", "") != self.frozen_digest:
+            raise CheckpointError(
+                "the adapters of the checkpoint were trained beside other weights than the drafter starts from now: restore what "
+                "drafter.checkpoint (or, cut from it, target.model) named then, or start another run"
+            )
         if self.trainer.is_global_zero:
             self.sums_4 = checkpoint["sums_4"].clone()
             self.flops = round(checkpoint.get("flops", 0))

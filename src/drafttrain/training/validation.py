@@ -13,12 +13,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from drafttrain.core.console import say
-from drafttrain.core.files import write_json
+from drafttrain.core.files import only_full, write_json
 from drafttrain.distributed.collectives import shared
 from drafttrain.distributed.world import is_first
 from drafttrain.training.callbacks import StepEnd
 from drafttrain.training.checkpoints import save_trained
-from drafttrain.training.full_disk import could_be_written, only_full
+from drafttrain.training.full_disk import could_be_written
 from drafttrain.training.precision import training_autocast
 from drafttrain.training.result import folder_of_step, kept_steps
 from drafttrain.training.settings import TrainSettings

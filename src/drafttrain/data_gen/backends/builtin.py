@@ -1,7 +1,4 @@
-"""Texts by built-in decoding: every record is a pure function of recipe, target and seed.
-
-B = sequences, V = vocabulary
-"""
+"""Texts by built-in decoding: every record is a pure function of recipe, target and seed."""
 
 from __future__ import annotations
 
@@ -12,13 +9,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from drafttrain.core.console import Progress, duration, say, say_once
-from drafttrain.core.probability import sampling_probs
+from drafttrain.core.console import Progress, duration, say
 from drafttrain.core.random import stream
-from drafttrain.core.texts import Sampling
 from drafttrain.data_gen.backends import Outcome, Plan, Task, backends
+from drafttrain.data_gen.decoding import continued
 from drafttrain.distributed.collectives import any_of
 from drafttrain.target_model import Target
 from drafttrain.target_model.cached_lm import CachedLM
@@ -86,7 +81,6 @@ class TokenCount:
         self._bar.note(f"{self._tokens:,} tokens  {rate:.3g} tokens/s{left}")
 
 
-@torch.no_grad()
 def continuations(
     tasks: Sequence[Task],
     target: Target,
@@ -103,46 +97,15 @@ def continuations(
     Args:
         written: Called after every step with the number of new tokens.
     """
-    sampling = tasks[0].sampling
-    lm = CachedLM(target.model, name="target")
-    lengths = {len(task.prompt) for task in tasks}
-    if len(lengths) > 1 and (why := lm.why_one_at_a_time(max(lengths) + max_new_tokens)):
-        say_once(f"{target.name}: its texts are generated one at a time: {why}")
-        limits: Any = {"max_new_tokens": max_new_tokens, "seed": seed, "written": written}
-        return [text for task in tasks for text in continuations([task], target, **limits)]
-    ends = set(target.eos_token_ids)
-    new: list[list[int]] = [[] for _ in tasks]
-    numbers_BT = torch.stack(
-        [torch.rand(max_new_tokens, dtype=torch.float64, generator=stream(seed, "text", task.id)) for task in tasks]
+    return continued(
+        [task.prompt for task in tasks],
+        [CachedLM(target.model, name=target.name)],
+        num_tokens=target.num_tokens,
+        ends=set(target.eos_token_ids),
+        sampling=tasks[0].sampling,
+        limits=[max_new_tokens] * len(tasks),
+        numbers_BT=torch.stack(
+            [torch.rand(max_new_tokens, dtype=torch.float64, generator=stream(seed, "text", task.id)) for task in tasks]
+        ),
+        written=written,
     )
-    lm.begin([list(task.prompt[:-1]) for task in tasks])
-    live = list(range(len(tasks)))
-    inputs = [task.prompt[-1] for task in tasks]
-    for step in range(max_new_tokens):
-        logits_BV = lm.step(inputs)
-        chosen = _choose(logits_BV[:, : target.num_tokens], sampling, numbers_BT[live, step])
-        for row, token in zip(live, chosen, strict=True):
-            new[row].append(token)
-        if written is not None:
-            written(len(chosen))
-        going = [place for place, token in enumerate(chosen) if token not in ends]
-        if not going:
-            break
-        if len(going) < len(live):
-            # Copying the cache of the others costs less than decoding rows that have ended.
-            lm.drop(going)
-            live = [live[place] for place in going]
-        inputs = [new[row][-1] for row in live]
-    return new
-
-
-def _choose(logits_BV: Tensor, sampling: Sampling, numbers_B: Tensor) -> list[int]:
-    """Draw one token a row by inverting its cumulative distribution at the row's number."""
-    if sampling.temperature == 0:
-        # A CPU finds the largest of 16-bit numbers five times slower than of float32.
-        greedy: list[int] = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)).argmax(-1).tolist()
-        return greedy
-    below_BV = sampling_probs(logits_BV, sampling).cumsum(-1, dtype=torch.float64)
-    drawn_B1 = torch.searchsorted(below_BV, numbers_B.to(below_BV.device)[:, None] * below_BV[:, -1:], right=True)
-    drawn: list[int] = drawn_B1[:, 0].clamp(max=logits_BV.shape[-1] - 1).tolist()
-    return drawn

@@ -7,7 +7,7 @@ N = rows, P = rows with padding, D = hidden
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.console import progress
+from drafttrain.core.eight_bit import as_states
 from drafttrain.core.few_sizes import in_few_sizes
-from drafttrain.core.files import written_beside
 from drafttrain.core.probability import likeliest, log_total
-from drafttrain.data_gen.stored.target_cache import SUMS, RowCache, Texts
+from drafttrain.data_gen.stored.cache_writer import Texts
+from drafttrain.data_gen.stored.target_cache import RowCache
+from drafttrain.data_gen.stored.wanted import SUMS
 from drafttrain.distributed.collectives import own_share, wait_for_all
 from drafttrain.target_model import Target
 from drafttrain.target_model.logits import head_logits
@@ -31,31 +33,37 @@ def add_sums(cache: RowCache, store: Texts, target: Target) -> None:
 
     They are computed where the next token is a label: a loss reads no other rows.
     """
-    missing = [number for number in range(cache.num_shards) if not cache.has_sums(number)]
+    missing = [number for number, files in enumerate(cache.files) if not files.holds(SUMS)]
     own = own_share(missing)
     if own:
-        total = sum(len(cache.final(number)) for number in own)
+        total = sum(cache.layout.rows_of(number) for number in own)
+        labels = _next_is_label(cache, store, own)
         with progress("caching sums over the target's vocabulary", total=total, unit="tokens") as bar:
             for number in own:
-                labels_N = _next_is_label(cache, store, number)
-                found = _sums(cache.final(number), labels_N, target)
-                for name in SUMS:
-                    with written_beside(cache.path(name, number)) as temporary, temporary.open("wb") as file:
-                        np.save(file, found[name])
-                bar.advance(len(labels_N))
+                cache.files[number].write(_sums(cache.shard("final", number), labels[number], target), {})
+                bar.advance(len(labels[number]))
     wait_for_all("the sums over the target's vocabulary are written")
 
 
-def _next_is_label(cache: RowCache, store: Texts, shard: int) -> Any:
-    masks = [np.asarray(store[record].loss_mask, dtype=bool) for record in cache.records_of(shard)]
-    return np.concatenate([np.append(mask[1:], False) for mask in masks])
+def _next_is_label(cache: RowCache, store: Texts, shards: Iterable[int]) -> dict[int, Any]:
+    """Return for each shard whether the token after a row is a label of any record that has the row."""
+    found = {number: np.zeros(cache.layout.rows_of(number), dtype=bool) for number in shards}
+    for record in cache.layout.sizes:
+        labels_T = np.append(np.asarray(store[record].loss_mask, dtype=bool)[1:], False)
+        for piece in cache.layout.pieces(record):
+            number, begin = cache.layout.place(piece.owner)
+            if number in found:
+                begin += piece.first - cache.layout.skipped(piece.owner)
+                found[number][begin : begin + piece.end - piece.first] |= labels_T[piece.first : piece.end]
+    return found
 
 
 @torch.no_grad()
 def _sums(final_ND: Tensor, labels_N: Any, target: Target) -> dict[str, Any]:
     likeliest_N, log_total_N = np.full(len(labels_N), -1, np.int32), np.full(len(labels_N), np.nan, np.float32)
     for index_n in _in_parts(labels_N.nonzero()[0]):
-        states_PD = in_few_sizes(final_ND[torch.from_numpy(index_n)].to(target.device, target.model.dtype))
+        states_nD = as_states(final_ND[torch.from_numpy(index_n)].to(target.device))
+        states_PD = in_few_sizes(states_nD.to(target.model.dtype))
         logits_nV = head_logits(target.model, states_PD)[: len(index_n), : target.num_tokens]
         likeliest_N[index_n] = likeliest(logits_nV).int().cpu().numpy()
         log_total_N[index_n] = log_total(logits_nV).float().cpu().numpy()

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.batches import PackedDocuments
+from drafttrain.core.eight_bit import as_states
 from drafttrain.core.errors import DataError
 from drafttrain.core.files import write_json
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.states import StatesSource
-from drafttrain.data_gen.stored.target_cache import RowCache, build_cache
+from drafttrain.data_gen.stored.cache_writer import build_cache
+from drafttrain.data_gen.stored.target_cache import RowCache
 from drafttrain.data_gen.stored.wanted import Wanted
 from drafttrain.distributed.collectives import first_before_others, shared
 from drafttrain.distributed.world import is_first
@@ -104,7 +106,7 @@ class CachedTarget(Target):
             begins = [column for column, position in enumerate(positions) if position == 0]
             for begin, end in zip(begins, [*begins[1:], len(tokens)], strict=True):
                 for name, rows in self._rows(tuple(tokens[begin:end]), states).items():
-                    states[name][row, begin:end] = rows.to(states[name])
+                    states[name][row, begin:end] = as_states(rows).to(states[name])
         hidden_BTD = {index: states[name] for index, name in names.items()}
         return TargetOutput(hidden_BTD=hidden_BTD, final_BTD=states.get("final"))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.batches import DraftBatch
+from drafttrain.core.eight_bit import stored_width
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput, TargetRows
 from drafttrain.target_model import Target
 from drafttrain.target_model.logits import LiveRows, SummedRows
@@ -28,9 +29,9 @@ class Wanted:
     distribution: Literal["states", "full", "top_k"] | None
     """How the target's distribution is stored; None: it is not needed."""
     states: TargetNeeds
-    """Hidden states that are stored unchanged."""
+    """Hidden states that are stored."""
     top_k: int
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Literal["float32", "bfloat16", "float16", "int8"]
     """Type of stored states."""
 
     @classmethod
@@ -76,7 +77,8 @@ class Wanted:
             "likeliest": ((), torch.int32),
             "log_total": ((), torch.float32),
         }
-        state: tuple[tuple[int, ...], torch.dtype] = ((width,), getattr(torch, self.dtype))
+        columns = stored_width(width) if self.dtype == "int8" else width
+        state: tuple[tuple[int, ...], torch.dtype] = ((columns,), getattr(torch, self.dtype))
         kinds = {name: of_rows.get(name, state) for name in [*self.arrays, *(SUMS if summed else ())]}
         return {name: torch.empty((*shape, *size), dtype=dtype) for name, (size, dtype) in kinds.items()}
 
@@ -126,7 +128,7 @@ class TopRows:
 def with_arrays(
     batch: DraftBatch, arrays: Mapping[str, Tensor], wanted: Wanted, model: Any, *, num_tokens: int
 ) -> DraftBatch:
-    """Return a batch with stored outputs of the target.
+    """Return a batch with stored outputs of the target; `DraftBatch.restored` turns states in eight bits into numbers.
 
     Args:
         arrays: By name, laid out like the batch, in their stored types.

@@ -138,6 +138,11 @@ class DecodingLM:
         self.lengths = [kept + len(chosen) for kept, chosen in zip(self.kept, nodes, strict=True)]
         self.kept = list(self.lengths)
 
+    def cut(self, lengths: Sequence[int]) -> None:
+        """Keep only the first tokens of each sequence, also of those that were kept before."""
+        self.lengths = [min(old, new) for old, new in zip(self.lengths, lengths, strict=True)]
+        self.kept = list(self.lengths)
+
     def drop(self, keep: Sequence[int]) -> None:
         """Keep only these sequences, in this order. The others are finished."""
         assert self.lengths == self.kept, "keep or drop the pending tokens before sequences are dropped"

@@ -1,17 +1,17 @@
-"""The independent drafter: a separate, smaller causal LM with the target's tokenizer.
+"""The independent drafter: a separate, smaller causal LM, with the target's tokenizer or its own.
 
-B = sequences, T = positions, V = vocabulary, D = hidden
+B = sequences, T = positions, V = vocabulary, R = tokens that both vocabularies have, D = hidden
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from drafttrain.core.batches import DraftBatch, DraftOutput
@@ -21,17 +21,21 @@ from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.causal_lm.cut import cut_from
+from drafttrain.drafters.causal_lm.own_text import own_text
 from drafttrain.drafters.causal_lm.projected import projected
 from drafttrain.drafters.causal_lm.proposer import ChainProposer
+from drafttrain.drafters.causal_lm.retokenized import RetokenizedProposer
+from drafttrain.drafters.lora import LORA_HELP, LoraSettings, linears_in, lora_problems
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.attention import drafter_attention
-from drafttrain.target_model.documents import assume_plain, document_states
+from drafttrain.target_model.documents import as_read, assume_plain, document_states, probe
 from drafttrain.target_model.end_tokens import end_of_text_id
 from drafttrain.target_model.folders import resolve_folder
 from drafttrain.target_model.loading import load_causal_lm
-from drafttrain.target_model.logits import head_of
+from drafttrain.target_model.logits import head_of, some_rows
 from drafttrain.target_model.matrix_products import head_parameters, trunk_products
+from drafttrain.target_model.other_tokenizer import OtherTokenizer
 from drafttrain.target_model.positions import UNLIMITED_POSITIONS, max_positions
 from drafttrain.target_model.sized_target import read_sizes, sized_model
 from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokenizer, num_ids
@@ -45,7 +49,13 @@ class CausalLMSettings:
         "scratch",
         help="scratch: a random Llama of the size below. checkpoint: trained weights. target: evenly spaced target layers.",
     )
-    checkpoint: str | None = setting(None, help="checkpoint: folder or hub id, with the target's tokenizer.")
+    checkpoint: str | None = setting(
+        None, help="checkpoint: folder or hub id, with the target's tokenizer, or that of `tokenizer`."
+    )
+    tokenizer: str | None = setting(
+        None,
+        help="Folder or hub id of a tokenizer of its own: it drafts only tokens that the target has too. null: the target's.",
+    )
     num_layers: int = setting(2, help="scratch, target: decoder layers.", ge=1)
     hidden_size: int = setting(96, help="scratch: width.", ge=8)
     intermediate_size: int | None = setting(
@@ -60,6 +70,7 @@ class CausalLMSettings:
         help="scratch: the embedding, which is the head too: random, or the target's head rows, projected to hidden_size.",
     )
     freeze_embedding: bool = setting(False, help="Leave embedding and head as they start.")
+    lora: LoraSettings | None = setting(None, help=LORA_HELP)
     draft: Literal["sampled", "greedy"] = setting(
         "sampled", help="At temperature > 0: draft by sampling, or by argmax as vLLM does (then the node is FIXED)."
     )
@@ -75,9 +86,22 @@ class CausalLMSettings:
             problems.append(f"num_heads: {self.num_heads} does not divide hidden_size {self.hidden_size}")
         if self.init != "scratch" and self.embedding_init != "random":
             problems.append(f"embedding_init: is not used with init {self.init!r}, which has an embedding of its own")
+        for key, start in (("init", self.init), ("embedding_init", self.embedding_init)):
+            if self.tokenizer is not None and start == "target":
+                problems.append(
+                    f"{key}: 'target' starts from rows of the target's vocabulary, and the drafter has another one: remove tokenizer, or set "
+                    f"{key}: {'scratch or checkpoint' if key == 'init' else 'random'}"
+                )
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             problems.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
-        return problems
+        if self.lora is not None and self.freeze_embedding:
+            problems.append("freeze_embedding: with lora all weights are frozen: leave it out")
+        if self.tokenizer is not None and self.lora is not None and self.lora.dropout:
+            problems.append(
+                f"lora.dropout: is drawn for the target's tokens, and a drafter with its own tokenizer reads others: set 0, got {self.lora.dropout:g}"
+            )
+        starts_from = None if self.init == "scratch" else self.init
+        return problems + lora_problems(self.lora, starts_from=starts_from, has_dropout=True)
 
 
 @drafters.register("causal_lm", CausalLMSettings)
@@ -91,12 +115,15 @@ class CausalLMDrafter(Drafter):
     lag = 0
     recomputes = True
     compiles = True
+    writes_text = True
     serving: ClassVar[str] = "Any engine that drafts with a separate language model of the same tokenizer can load it."
 
-    def __init__(self, model: Any, *, draft: str = "sampled") -> None:
+    def __init__(self, model: Any, *, draft: str = "sampled", other: OtherTokenizer | None = None) -> None:
         super().__init__()
         self.model = model
         self.draft = draft
+        self.other = other
+        """Its own tokenizer; None: it reads and drafts the target's ids."""
 
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation mode, but keep the model itself in evaluation mode.
@@ -108,6 +135,11 @@ class CausalLMDrafter(Drafter):
         self.model.eval()
         return self
 
+    @property
+    def language_model(self) -> Any:
+        """The model itself."""
+        return self.model
+
     @classmethod
     def why_whole_target(cls, settings: CausalLMSettings) -> str | None:
         """Return the reason if its layers are cut from the target's."""
@@ -116,12 +148,22 @@ class CausalLMDrafter(Drafter):
     @classmethod
     def create(cls, settings: CausalLMSettings, *, target: Target | None, tokenizer: Any) -> CausalLMDrafter:
         """Return the drafter as training starts from it."""
+        other, own = None, tokenizer
+        if settings.tokenizer is not None:
+            own = load_tokenizer(resolve_folder(settings.tokenizer))
+            other = OtherTokenizer(
+                tokenizer,
+                own,
+                target_rows=target.vocab_size if target else None,
+                name=f"drafter.tokenizer {settings.tokenizer}",
+            )
+            other.check()
         if settings.init == "scratch":
             model = from_scratch(
                 settings,
-                vocab_size=target.vocab_size if target else num_ids(tokenizer),
-                num_positions=max_positions(target.model.config) if target else None,
-                tokenizer=tokenizer,
+                vocab_size=target.vocab_size if target and other is None else num_ids(own),
+                num_positions=max_positions(target.model.config) if target and other is None else None,
+                tokenizer=own,
             )
             if settings.embedding_init == "target":
                 model.get_input_embeddings().weight.data.copy_(_head_rows(target, width=settings.hidden_size))
@@ -134,9 +176,11 @@ class CausalLMDrafter(Drafter):
         else:
             assert settings.checkpoint is not None
             folder = resolve_folder(settings.checkpoint)
-            check_same_tokenizer(tokenizer, load_tokenizer(folder), drafter=settings.checkpoint)
+            check_same_tokenizer(
+                own, load_tokenizer(folder), drafter=settings.checkpoint, whose="target" if other is None else "recipe"
+            )
             model = load_causal_lm(folder, attention=drafter_attention(target and target.model))
-        return cls._of(model, settings)
+        return cls._of(model, settings, other)
 
     @classmethod
     def sized(cls, settings: CausalLMSettings, *, target: Target, tokenizer: Any) -> CausalLMDrafter:
@@ -150,11 +194,11 @@ class CausalLMDrafter(Drafter):
         return drafter
 
     @classmethod
-    def _of(cls, model: Any, settings: CausalLMSettings) -> CausalLMDrafter:
+    def _of(cls, model: Any, settings: CausalLMSettings, other: OtherTokenizer | None = None) -> CausalLMDrafter:
         if settings.freeze_embedding:
             for part in (model.get_input_embeddings(), model.get_output_embeddings()):
                 part.requires_grad_(False)
-        return cls(model, draft=settings.draft)
+        return cls(model, draft=settings.draft, other=other)
 
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Compile each layer. They share their code, so it is compiled once."""
@@ -163,16 +207,46 @@ class CausalLMDrafter(Drafter):
 
     def recompute_activations(self) -> None:
         """Store only the input of each layer."""
+        super().recompute_activations()
         # Hugging Face's own switch acts only in training mode, which the model is never in.
         for block in blocks(self.model):
             block.__dict__["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
 
+    def adaptable(self) -> dict[str, nn.Linear]:
+        """Return the linear layers of the model but for its head, which the loss multiplies by itself."""
+        head = self.model.get_output_embeddings()
+        return {name: layer for name, layer in linears_in(self).items() if layer is not head}
+
+    @property
+    def vocabulary(self) -> Tensor | None:
+        """The target's id of each token that both vocabularies have; None: the drafter has the target's tokenizer."""
+        return None if self.other is None else self.other.target_R.to(next(self.parameters()).device)
+
+    def with_own_text(self, batch: DraftBatch) -> DraftBatch:
+        """Return a batch with its documents in the drafter's own tokens."""
+        return batch if self.other is None or batch.own is not None else replace(batch, own=own_text(batch, self.other))
+
     def forward(self, batch: DraftBatch) -> DraftOutput:
-        """Return the states of depth 1."""
+        """Return the states of depth 1; with its own tokenizer, after the own token that ends where the target's token ends."""
+        if self.lora is not None:
+            # Its forwards read other tokens than the batch's.
+            probe(self.model)
+            drops = self.training and self.lora.settings.dropout
+            self.lora.draw(as_read(self.model, batch.seed_BT, batch.positions_BT) if drops else None)
+        if self.other is not None:
+            return self._from_own_text(batch, self.other)
         states_BTD, _ = document_states(
             self.model, batch.tokens_BT, batch.positions_BT, documents=batch.packed_documents
         )
         return DraftOutput({1: states_BTD}, head_of(self.model), self.lag)
+
+    def _from_own_text(self, batch: DraftBatch, other: OtherTokenizer) -> DraftOutput:
+        own = self.with_own_text(batch).own
+        assert own is not None
+        states_BSD, _ = document_states(self.model, own.tokens_BS, own.positions_BS, documents=own.documents)
+        states_BTD = states_BSD.flatten(0, 1)[own.slot_BT]
+        head = some_rows(head_of(self.model), other.own_R.to(states_BTD.device))
+        return DraftOutput({1: states_BTD}, head, self.lag, vocabulary=self.vocabulary, readable_BT=own.readable_BT)
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
         """Yield the products of all blocks, and of the head for each trained label."""
@@ -182,6 +256,12 @@ class CausalLMDrafter(Drafter):
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the chain proposer over this model."""
+        if self.other is not None:
+            rows = int(self.model.get_output_embeddings().weight.shape[0])
+            drafts = ChainProposer(
+                self.model, target_vocab_size=rows, listener=listener, draft=self.draft, only=self.other.own_R
+            )
+            return RetokenizedProposer(drafts, self.other, vocab_size=target.vocab_size)
         return ChainProposer(
             self.model,
             target_vocab_size=target.vocab_size,
@@ -191,18 +271,26 @@ class CausalLMDrafter(Drafter):
         )
 
     def save(self, folder: Path) -> None:
-        """Write a plain Hugging Face folder."""
+        """Write a plain Hugging Face folder; with the tokenizer if it is the drafter's own."""
         self.model.save_pretrained(folder)
+        if self.other is not None:
+            self.other.own.save_pretrained(folder)
 
     @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> CausalLMDrafter:
-        """Read a plain Hugging Face folder; refuse a tokenizer that differs from the target's."""
-        check_same_tokenizer(target.tokenizer, load_tokenizer(folder), drafter=str(folder))
+        """Read a plain Hugging Face folder; refuse a tokenizer that shares too few tokens with the target's."""
+        own, other = load_tokenizer(folder), None
+        if own.get_vocab() != target.tokenizer.get_vocab():
+            other = OtherTokenizer(target.tokenizer, own, target_rows=target.vocab_size, name=str(folder))
+            other.check()
         attention = drafter_attention(target.model)
         model = load_causal_lm(folder, dtype=dtype or "float32", attention=attention).eval().to(target.device)
-        if problem := rows_problem(int(model.get_input_embeddings().weight.shape[0]), target.num_tokens):
+        rows = int(model.get_input_embeddings().weight.shape[0])
+        if problem := rows_problem(
+            rows, num_ids(own) if other else target.num_tokens, whose="its own" if other else "the target's"
+        ):
             raise CheckpointError(f"{folder}/config.json: {problem}")
-        return cls(model)
+        return cls(model, other=other)
 
 
 def _head_rows(target: Target | None, *, width: int) -> Tensor:
@@ -211,11 +299,11 @@ def _head_rows(target: Target | None, *, width: int) -> Tensor:
     return projected(target.model.get_output_embeddings().weight, width)
 
 
-def rows_problem(rows: int, num_tokens: int) -> str | None:
-    """Return why a model with `rows` embedding rows cannot draft for a target with `num_tokens` tokens; None: it can."""
+def rows_problem(rows: int, num_tokens: int, *, whose: str = "the target's") -> str | None:
+    """Return why a model with `rows` embedding rows cannot read a tokenizer with `num_tokens` tokens; None: it can."""
     if rows >= num_tokens:
         return None
-    return f"vocab_size is {rows}, the target's tokenizer has {num_tokens} tokens: the last ones have no row"
+    return f"vocab_size is {rows}, {whose} tokenizer has {num_tokens} tokens: the last ones have no row"
 
 
 def from_scratch(settings: CausalLMSettings, *, vocab_size: int, num_positions: int | None, tokenizer: Any) -> Any:

@@ -28,6 +28,7 @@ class ChainProposer:
         target_vocab_size: Width of the rows of q.
         num_tokens: Ids that the tokenizer can produce; the drafter's other rows are padding and get no probability.
         draft: `sampled`, or `greedy`: FIXED nodes at every temperature, as vLLM drafts.
+        only: The tokens that may be drafted; None: all.
     """
 
     needs = TargetNeeds()
@@ -40,11 +41,12 @@ class ChainProposer:
         num_tokens: int | None = None,
         listener: ForwardListener | None = None,
         draft: str = "sampled",
+        only: Tensor | None = None,
     ) -> None:
         self._lm = decoding_lm(model, listener=listener)
         rows = int(model.get_output_embeddings().weight.shape[0])
         self._vocabulary = DraftVocabulary(
-            None, num_tokens=min(rows, target_vocab_size, num_tokens or target_vocab_size)
+            None, num_tokens=min(rows, target_vocab_size, num_tokens or target_vocab_size), only=only
         )
         self._draft = ChainDraft(self._vocabulary, target_vocab_size, draft)
         self._contexts: list[Context] = []
@@ -123,10 +125,32 @@ class ChainProposer:
                 ]
             )
 
+    def continue_from(self, texts: Sequence[Sequence[int]], drafted: Sequence[Proposal]) -> None:
+        """Continue from texts that need not begin with the committed ones: the cache is kept as far as the tokens agree.
+
+        Args:
+            texts: By sequence, the committed text as it is now.
+            drafted: The proposals of the last round.
+        """
+        agreeing = []
+        for context, text, draft, cached in zip(self._contexts, texts, drafted, self._lm.lengths, strict=True):
+            # Of a tree nothing is cached but the text before it.
+            held = [*context.tokens[:-1], *draft.tokens_N.tolist()][:cached]
+            # The last token is read again: the next round drafts from its logits.
+            agreeing.append(min(agreement(held, text), len(text) - 1))
+            context.tokens[:] = text
+        self._lm.cut(agreeing)
+
     def drop(self, keep: Sequence[int]) -> None:
         """Keep only these sequences."""
         self._contexts = [self._contexts[i] for i in keep]
         self._lm.drop(keep)
+
+
+def agreement(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two texts begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _last(seen: Sequence[TargetOutput], growing: Sequence[int]) -> tuple[list[Tensor], list[Tensor] | None]:

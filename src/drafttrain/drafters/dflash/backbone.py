@@ -9,11 +9,11 @@ vocabulary, G = key-value heads, d = width of a head
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.weights import weight_bytes
@@ -22,6 +22,7 @@ from drafttrain.drafters.dflash.layer import Attend, BlockLayer, Turn
 from drafttrain.drafters.eagle.layer import Norm, Rotary, compute_dtype
 from drafttrain.drafters.eagle.layer_config import llama_config
 from drafttrain.drafters.eagle.target_parts import TargetParts
+from drafttrain.drafters.recomputing import run_part
 
 
 class Backbone(nn.Module):
@@ -29,6 +30,9 @@ class Backbone(nn.Module):
 
     Source: DFlash, arXiv 2602.06036.
     """
+
+    recomputing: bool
+    """See `Drafter`."""
 
     def __init__(self, config: dict[str, Any], parts: TargetParts) -> None:
         super().__init__()
@@ -40,7 +44,6 @@ class Backbone(nn.Module):
         self.first_slot = 0 if config.get("sample_from_anchor") else 1
         """The slot that predicts the token after the root."""
         self._parts = parts
-        self._recomputes_layers = False
         sizes, width, eps = llama_config(config), config["hidden_size"], config["rms_norm_eps"]
         self._rotary = Rotary(sizes)
         self.fc = nn.Linear(len(self.taps) * width, width, bias=False)
@@ -100,20 +103,14 @@ class Backbone(nn.Module):
         tokens_AB = roots_A[:, None].where(slots_B == 0, self.mask_token_id)
         stream_ABD = self._parts.embed(tokens_AB, dtype=compute_dtype(self.fc.weight))
         for layer, of_layer in zip(self.each_layer, attend, strict=True):
-            if self._recomputes_layers and torch.is_grad_enabled():
-                stream_ABD = cast(Tensor, checkpoint(layer, stream_ABD, turn, of_layer, use_reentrant=False))
-            else:
-                stream_ABD = layer(stream_ABD, turn, of_layer)
+            through: Callable[[Tensor], Tensor] = partial(layer, turn=turn, attend=of_layer)
+            stream_ABD = run_part(through, stream_ABD, recompute=self.recomputing)
         normed_ABD: Tensor = self.norm(stream_ABD)
         return normed_ABD
 
     def predicting(self, states_ABD: Tensor) -> Tensor:
         """Return the states_AKD that predict the tokens after the root, in order."""
         return states_ABD[:, self.first_slot :]
-
-    def recompute_activations(self) -> None:
-        """From now on, recompute activations of the layers in the backward pass."""
-        self._recomputes_layers = True
 
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Compile the layers except for their attention."""

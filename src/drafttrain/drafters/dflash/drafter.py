@@ -50,6 +50,7 @@ class BlockDrafter(Backbone, WithHead, Drafter):
     needs_target = True
     recomputes = True
     compiles = True
+    adapted_in = ("fc", "layers")
     architecture: ClassVar[str]
     settings_class: ClassVar[type[BlockSettings]]
     own_names: ClassVar[tuple[str, ...]] = OWN

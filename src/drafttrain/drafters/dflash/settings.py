@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from drafttrain.core.settings import setting
 from drafttrain.drafters.draft_vocabulary import SIZE_HELP
+from drafttrain.drafters.lora import LORA_HELP, LoraSettings, lora_problems
 from drafttrain.drafters.warm_start import CHECKPOINT_HELP, settings_fixed_by_checkpoint
 
 FIXED_BY_CHECKPOINT = (
@@ -24,6 +25,7 @@ class BlockSettings:
     """A drafter that fills a block of mask tokens in one pass, with the target's features as context."""
 
     checkpoint: str | None = setting(None, help=CHECKPOINT_HELP)
+    lora: LoraSettings | None = setting(None, help=LORA_HELP)
     num_layers: int = setting(5, help="Decoder layers of the drafter.", ge=1)
     taps: list[int] | None = setting(
         None,
@@ -75,7 +77,7 @@ class BlockSettings:
             )
         if self.block_size < 2 and not self.sample_from_anchor:
             problems.append("block_size: must be 2 or more, because the root's slot predicts nothing, got 1")
-        return problems
+        return problems + lora_problems(self.lora, starts_from=self.checkpoint)
 
     def smoke(self) -> Self:
         """Return a copy with few layers and blocks, enough for a test. A checkpoint fixes the layers."""

@@ -22,6 +22,7 @@ from drafttrain.drafters.eagle.layer import compute_dtype
 from drafttrain.drafters.eagle.model import EagleModel
 from drafttrain.drafters.eagle.proposer import EagleProposer
 from drafttrain.drafters.eagle.target_parts import TargetParts
+from drafttrain.drafters.recomputing import run_part
 from drafttrain.losses.align import read_slots
 from drafttrain.target_model import Target
 from drafttrain.target_model.packed_attention import Columns
@@ -33,7 +34,9 @@ class EagleDrafter(Drafter):
     config: dict[str, Any]
     own: dict[str, Any]
     """Settings of training and drafting, stored in config.json under `drafttrain`; engines ignore them."""
+    recomputes = True
     compiles = True
+    adapted_in = ("fc", "layers", "midlayer", "block")
     reads_slots: ClassVar[bool] = True
     fc: nn.Linear
     _parts: TargetParts
@@ -97,6 +100,7 @@ def rollout(
     num_steps: int,
     slots: ReadSlots,
     drafted: Callable[[Tensor, int], Tensor] | None = None,
+    recompute: bool = False,
 ) -> dict[int, Tensor]:
     """Return the layer's states of depths 1..num_steps at the slots that are read; 0 elsewhere.
 
@@ -108,26 +112,48 @@ def rollout(
 
     Args:
         drafted: Returns tokens_1M from states_1MD of a depth. From step 1 on they are embedded in place of the data's.
+        recompute: Store the state, key and value of each step only, and compute the rest again in the backward pass.
 
     Source: Li et al. 2025, EAGLE-3, arXiv 2503.01840, 3.2.
     """
-    positions_1C, hidden_1CD = slots.columns(batch.positions_BT), model.fused(slots.columns(features_BTF))
-    inputs_1CX, residual_1CD = model.entering(model.embed_at(_ahead(batch, slots, 1), positions_1C), hidden_1CD)
-    columns = Columns(*model.layer.keys_and_values(inputs_1CX, positions_1C), slots.documents)
-    # From here on the layer computes only the slots that are read.
-    inputs_1MX, residual_1MD, positions_1M = map(slots.queries, (inputs_1CX, residual_1CD, positions_1C))
-    own: list[tuple[Tensor, Tensor]] = []
-    states: dict[int, Tensor] = {}
-    for step in range(num_steps):
-        if step:
-            hidden_1MD = model.fed_back(states[step])
-            of_data_1M = slots.queries(_ahead(batch, slots, step + 1))
-            tokens_1M = of_data_1M if drafted is None else drafted(states[step], step)
+    layer = model.layer
+    positions_1C = slots.columns(batch.positions_BT)
+    positions_1M = slots.queries(positions_1C)
+
+    def first(features_1CF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return state_1MD, and the keys and values of all columns."""
+        embedded_1CD = model.embed_at(_ahead(batch, slots, 1), positions_1C)
+        inputs_1CX, residual_1CD = model.entering(embedded_1CD, model.fused(features_1CF))
+        keys_1GCd, values_1GCd = layer.keys_and_values(inputs_1CX, positions_1C)
+        # From here on the layer computes only the slots that are read.
+        inputs_1MX, residual_1MD = slots.queries(inputs_1CX), slots.queries(residual_1CD)
+        columns = Columns(keys_1GCd, values_1GCd, slots.documents)
+        attended_1HMd = columns.attend(layer.queries(inputs_1MX, positions_1M), [])
+        return layer.finish(attended_1HMd, residual_1MD), keys_1GCd, values_1GCd
+
+    def later(tokens_1M: Tensor, step: int, *before: tuple[Tensor, Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """Return the function from a state to that of the next depth, and to its slots' own key and value."""
+
+        def run(state_1MD: Tensor) -> tuple[Tensor, ...]:
             embedded_1MD = model.embed_at(tokens_1M, positions_1M + step)
-            inputs_1MX, residual_1MD = model.entering(embedded_1MD, hidden_1MD)
-            own.append(model.layer.keys_and_values(inputs_1MX, positions_1M + step))
-        query_1HMd = model.layer.queries(inputs_1MX, positions_1M + step)
-        states[step + 1] = model.layer.finish(columns.attend(query_1HMd, own), residual_1MD)
+            inputs_1MX, residual_1MD = model.entering(embedded_1MD, model.fed_back(state_1MD))
+            own = layer.keys_and_values(inputs_1MX, positions_1M + step)
+            query_1HMd = layer.queries(inputs_1MX, positions_1M + step)
+            return layer.finish(columns.attend(query_1HMd, [*before, own]), residual_1MD), *own
+
+        return run
+
+    state_1MD, keys_1GCd, values_1GCd = run_part(first, slots.columns(features_BTF), recompute=recompute)
+    columns = Columns(keys_1GCd, values_1GCd, slots.documents)
+    states = {1: state_1MD}
+    own: list[tuple[Tensor, Tensor]] = []
+    for step in range(1, num_steps):
+        of_data_1M = slots.queries(_ahead(batch, slots, step + 1))
+        tokens_1M = of_data_1M if drafted is None else drafted(states[step], step)
+        states[step + 1], key_1GMd, value_1GMd = run_part(
+            later(tokens_1M, step, *own), states[step], recompute=recompute
+        )
+        own.append((key_1GMd, value_1GMd))
     return {depth: slots.spread(state_1MD, batch.tokens_BT) for depth, state_1MD in states.items()}
 
 

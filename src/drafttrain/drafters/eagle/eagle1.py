@@ -26,6 +26,7 @@ from drafttrain.drafters.eagle.folder import load_weights, read_config
 from drafttrain.drafters.eagle.layer import EagleLayer
 from drafttrain.drafters.eagle.layer_config import layer_config, llama_config
 from drafttrain.drafters.eagle.target_parts import TargetParts
+from drafttrain.drafters.lora import LORA_HELP, LoraSettings, lora_problems
 from drafttrain.drafters.warm_start import CHECKPOINT_HELP, checkpoint_folder, settings_fixed_by_checkpoint
 from drafttrain.losses.align import align
 from drafttrain.losses.random_rows import uniform
@@ -43,6 +44,7 @@ class Eagle1Settings:
     """One layer that predicts the target's next final feature, for the target's own head (EAGLE-1)."""
 
     checkpoint: str | None = setting(None, help=CHECKPOINT_HELP)
+    lora: LoraSettings | None = setting(None, help=LORA_HELP)
     num_steps: int = setting(1, help="Draft tokens rolled out at every position in training; 1 as in the paper.", ge=1)
     step_decay: float = setting(0.8, help="Factor on both losses from one of these steps to the next.", gt=0, le=1)
     feature_weight: float = setting(1.0, help="Weight of the smooth L1 distance to the target's own feature.", ge=0)
@@ -67,7 +69,7 @@ class Eagle1Settings:
             problems.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         if not self.feature_weight and not self.loss_weight:
             problems.append("feature_weight: both it and loss_weight are 0: there is no loss left")
-        return problems
+        return problems + lora_problems(self.lora, starts_from=self.checkpoint)
 
 
 OWN = ("num_steps", "step_decay", "feature_weight", "loss_weight", "feature_noise", "draft")
@@ -141,7 +143,8 @@ class Eagle1Drafter(EagleDrafter):
                 hidden_BTD
             )
         num_steps = batch.num_depths or self.own["num_steps"]
-        states = rollout(self, batch, hidden_BTD, num_steps=num_steps, slots=self.slots(batch, num_steps=num_steps))
+        slots = self.slots(batch, num_steps=num_steps)
+        states = rollout(self, batch, hidden_BTD, num_steps=num_steps, slots=slots, recompute=self.recomputing)
         decay = {depth: self.own["step_decay"] ** (depth - 1) for depth in states}
         weights = {depth: self.own["loss_weight"] * factor for depth, factor in decay.items()}
         drafted = DraftOutput(states, self._parts.linear_head, self.lag, depth_weights=weights)

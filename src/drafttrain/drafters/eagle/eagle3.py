@@ -28,6 +28,7 @@ from drafttrain.drafters.eagle.layer import EagleLayer, Norm, compute_dtype
 from drafttrain.drafters.eagle.layer_config import layer_config, llama_config
 from drafttrain.drafters.eagle.target_parts import TargetParts
 from drafttrain.drafters.few_rows import product_with
+from drafttrain.drafters.lora import LORA_HELP, LoraSettings, lora_problems
 from drafttrain.drafters.own_vocabulary import OwnVocabulary
 from drafttrain.drafters.warm_start import CHECKPOINT_HELP, checkpoint_folder, settings_fixed_by_checkpoint
 from drafttrain.target_model import Target
@@ -48,6 +49,7 @@ class FusionSettings:
     """A layer over the target's hidden states of several depths: what EAGLE-3 and its parallel form share."""
 
     checkpoint: str | None = setting(None, help=CHECKPOINT_HELP)
+    lora: LoraSettings | None = setting(None, help=LORA_HELP)
     taps: list[int] | None = setting(
         None,
         help="Blocks of 0..layers - 1, any number, in rising order, whose input states are read; null: an early, the middle and "
@@ -75,7 +77,7 @@ class FusionSettings:
             problems.append(f"taps: must be one or more different blocks in rising order, got {self.taps}")
         if self.num_heads and self.num_kv_heads and self.num_heads % self.num_kv_heads:
             problems.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
-        return problems
+        return problems + lora_problems(self.lora, starts_from=self.checkpoint)
 
 
 @dataclass
@@ -187,7 +189,9 @@ class Eagle3Drafter(OwnVocabulary, EagleDrafter):
         assert batch.target is not None, "the trainer reads what `needs` returns"
         num_steps = batch.num_depths or self.own["num_steps"]
         slots = self.slots(batch, num_steps=num_steps)
-        states = rollout(self, batch, self.features(batch.target), num_steps=num_steps, slots=slots)
+        states = rollout(
+            self, batch, self.features(batch.target), num_steps=num_steps, slots=slots, recompute=self.recomputing
+        )
         weights = {depth: self.own["step_decay"] ** (depth - 1) for depth in states}
         return DraftOutput(states, self._head, self.lag, depth_weights=weights, vocabulary=self.vocabulary)
 

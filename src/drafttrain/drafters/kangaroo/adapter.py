@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.drafters.recomputing import run_part
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Maps (query_BHTd, keys_BHTd, values_BHTd) to attended_BHTd; it knows which positions a query may attend to."""
@@ -53,7 +55,7 @@ class Adapter(nn.Module):
         """The attention blocks: one. `layers` is the name in the paper's code."""
         return cast("list[AttentionBlock]", list(self.layers))
 
-    def forward(self, exit_BTD: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
+    def forward(self, exit_BTD: Tensor, positions_BT: Tensor, attend: Attend, *, recompute: bool = False) -> Tensor:
         """Return the states that the target's head reads.
 
         Args:
@@ -61,7 +63,8 @@ class Adapter(nn.Module):
         """
         states_BTD = exit_BTD.to(next(self.parameters()).dtype)
         for layer in self.blocks:
-            states_BTD = layer.finish(attend(*layer.project(states_BTD, positions_BT)), states_BTD)
+            through = partial(layer.through, positions_BT=positions_BT, attend=attend)
+            states_BTD = run_part(through, states_BTD, recompute=recompute)
         normed_BTD: Tensor = self.norm(states_BTD)
         return normed_BTD
 
@@ -77,6 +80,10 @@ class AttentionBlock(nn.Module):
     def project(self, states_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (query_BHTd, keys_BHTd, values_BHTd)."""
         return self.self_attn.project(self.input_layernorm(states_BTD), positions_BT)
+
+    def through(self, states_BTD: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
+        """Return the states after the block."""
+        return self.finish(attend(*self.project(states_BTD, positions_BT)), states_BTD)
 
     def finish(self, attended_BHTd: Tensor, states_BTD: Tensor) -> Tensor:
         """Return the states plus the output of the attention."""

@@ -65,6 +65,7 @@ class KangarooDrafter(Drafter):
     """
 
     kind = "kangaroo"
+    recomputes = True
     compiles = True
     lag = 0
     needs_target = True
@@ -159,7 +160,7 @@ No serving engine loads an adapter after a target's first layers yet; these figu
         def in_its_document(query_BHTd: Tensor, keys_BHTd: Tensor, values_BHTd: Tensor) -> Tensor:
             return Columns(keys_BHTd, values_BHTd, documents).attend(query_BHTd)
 
-        states_BTD = self.adapter(exit_BTD, batch.positions_BT, in_its_document)
+        states_BTD = self.adapter(exit_BTD, batch.positions_BT, in_its_document, recompute=self.recomputing)
         return DraftOutput({1: states_BTD}, self._head, self.lag, vocabulary=self.vocabulary)
 
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

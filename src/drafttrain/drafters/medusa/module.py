@@ -26,11 +26,12 @@ from drafttrain.core.tensors import load_into
 from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.draft_vocabulary import most_frequent, size_for, token_map_problems
+from drafttrain.drafters.lora import LoraAdapter, linears_in
+from drafttrain.drafters.medusa.adapter_folder import merged, save_adapter
 from drafttrain.drafters.medusa.blocks import ResidualBlocks, uninitialized_linear
 from drafttrain.drafters.medusa.calibration import calibrated_tree
 from drafttrain.drafters.medusa.decoding import DecodingHeads
 from drafttrain.drafters.medusa.folder import ADAPTER, TREE, read_config, read_tree
-from drafttrain.drafters.medusa.lora import LoraAdapter, merged
 from drafttrain.drafters.medusa.proposer import MedusaProposer
 from drafttrain.drafters.medusa.settings import JointSettings, MedusaSettings
 from drafttrain.drafters.medusa.static_tree import Path as TreePath
@@ -134,7 +135,7 @@ class Medusa(Drafter):
             made._keeps_vocabulary = True
         if settings.joint is not None:
             made.joint = settings.joint
-            made.adapter = LoraAdapter(settings.joint.lora, target.model)
+            made.adapter = LoraAdapter(settings.joint.lora, linears_in(target.model), key="drafter.joint.lora")
             made._target = target
         return made
 
@@ -323,7 +324,7 @@ class Medusa(Drafter):
         }
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         if self.adapter is not None and self._target is not None and self.adapter.changes_something:
-            self.adapter.save(folder / ADAPTER, target=self._target.name)
+            save_adapter(self.adapter, folder / ADAPTER, target=self._target.name)
 
     @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> Medusa:

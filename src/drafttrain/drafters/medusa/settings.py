@@ -8,7 +8,7 @@ from typing import Literal
 
 from drafttrain.core.settings import setting
 from drafttrain.drafters.draft_vocabulary import SIZE_HELP
-from drafttrain.drafters.medusa.lora import LoraSettings
+from drafttrain.drafters.lora import LoraSettings
 from drafttrain.drafters.warm_start import CHECKPOINT_HELP, settings_fixed_by_checkpoint
 
 
@@ -19,7 +19,7 @@ class JointSettings:
     A KL divergence from the same network without adapters preserves the target's own distribution.
     """
 
-    lora: LoraSettings = setting(LoraSettings(), help="The adapters.")
+    lora: LoraSettings = setting(LoraSettings(dropout=0.05), help="The adapters.")
     head_coefficient: float = setting(0.2, help="Weight of the heads' loss next to the target's KL.", gt=0)
     head_warmup_steps: int = setting(
         0, help="Steps over which this factor rises from 0 as sin(pi/2 step/steps); 0: constant.", ge=0
@@ -27,6 +27,14 @@ class JointSettings:
     head_lr_multiplier: float = setting(
         4.0, help="The heads learn at train.lr times this, the adapters at train.lr.", gt=0
     )
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        return (
+            ["lora.whole_modules: the target's own weights stay frozen: leave it out"]
+            if self.lora.whole_modules
+            else []
+        )
 
     def coefficient(self, step: int) -> float:
         """Return the factor on the heads' loss at an optimizer step, from 0."""

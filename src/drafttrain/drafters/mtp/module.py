@@ -25,6 +25,7 @@ from drafttrain.drafters.eagle.drafter import EagleDrafter, rollout
 from drafttrain.drafters.eagle.folder import load_weights, read_config
 from drafttrain.drafters.eagle.layer import Norm, compute_dtype
 from drafttrain.drafters.eagle.target_parts import TargetParts
+from drafttrain.drafters.lora import LORA_HELP, LoraSettings, lora_problems
 from drafttrain.drafters.mtp.block import Block, block_config, block_shapes, new_block
 from drafttrain.drafters.mtp.files import read_layer
 from drafttrain.drafters.mtp.layouts import BLOCK, LAYOUTS, Layout, layout_in, layout_named
@@ -42,6 +43,7 @@ class MtpSettings:
     """The target's own next-token-prediction layer, trained on its own rollouts (FastMTP)."""
 
     checkpoint: str | None = setting(None, help=CHECKPOINT_HELP.replace("from scratch", "`init` says from what"))
+    lora: LoraSettings | None = setting(None, help=LORA_HELP)
     init: Literal["target", "random"] = setting(
         "target",
         help="Start from the layer in the target's checkpoint, or from random weights in the sizes of its blocks.",
@@ -72,7 +74,8 @@ class MtpSettings:
             problems.append("layout: the target's checkpoint fixes it: leave it out, or set init: random")
         if self.layout == "mimo" and self.engine == "transformers":
             problems.append("engine: transformers does not run the mimo layout: vllm does")
-        return problems
+        starts_from = self.checkpoint or (self.init if self.init == "target" else None)
+        return problems + lora_problems(self.lora, starts_from=starts_from)
 
     def smoke(self) -> MtpSettings:
         """Return a copy with few rollout steps, enough for a test."""
@@ -156,7 +159,9 @@ class MtpDrafter(EagleDrafter):
         slots = self.slots(batch, num_steps=num_steps)
         drafted = self._likeliest if self.training and self.own["feed"] == "own" else None
         features_BTD = self.features(batch.target)
-        states = rollout(self, batch, features_BTD, num_steps=num_steps, slots=slots, drafted=drafted)
+        states = rollout(
+            self, batch, features_BTD, num_steps=num_steps, slots=slots, drafted=drafted, recompute=self.recomputing
+        )
         weights = {depth: self.own["step_decay"] ** (depth - 1) for depth in states}
         return DraftOutput(states, self._head, self.lag, depth_weights=weights)
 

@@ -54,7 +54,6 @@ class PEagleDrafter(Eagle3Drafter):
     kind = "p_eagle"
     own_names: ClassVar[tuple[str, ...]] = OWN
     settings_class = PEagleSettings
-    recomputes = True
     reads_slots: ClassVar[bool] = False
 
     def __init__(self, config: dict[str, Any], parts: TargetParts) -> None:
@@ -66,7 +65,6 @@ class PEagleDrafter(Eagle3Drafter):
         self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"]) if own else None
         self.mask_hidden = nn.Parameter(torch.randn(1, 1, self.fc.in_features), requires_grad=self.num_depths > 1)
         self.mask_token_id: int = config["mask_token_id"]
-        self._recomputes_layers = False
 
     @classmethod
     def new_config(cls, settings: PEagleSettings, target: Target) -> dict[str, Any]:
@@ -179,7 +177,7 @@ class PEagleDrafter(Eagle3Drafter):
         attend = real_rows(documents)
         context: list[KeysAndValues] = []
         for layer, following in zip_longest(self.each_layer, self.deep_layers):
-            stream_1ND, *states = run_layer(layer, entered, positions_1N, attend, recompute=self._recomputes_layers)
+            stream_1ND, *states = run_layer(layer, entered, positions_1N, attend, recompute=self.recomputing)
             context.append((states[0], states[1]))
             if following is not None:
                 entered = following.entering(stream_1ND)
@@ -191,7 +189,7 @@ class PEagleDrafter(Eagle3Drafter):
         entered = self.mask_entering(batch.tokens_BT.device)
         for layer, following, of_layer in zip_longest(self.each_layer, self.deep_layers, context):
             attend = mask_slots(slots, *of_layer)
-            stream_1MD, *_ = run_layer(layer, entered, positions_1M, attend, recompute=self._recomputes_layers)
+            stream_1MD, *_ = run_layer(layer, entered, positions_1M, attend, recompute=self.recomputing)
             if following is not None:
                 entered = following.entering(stream_1MD)
         return stream_1MD[0]
@@ -232,10 +230,6 @@ class PEagleDrafter(Eagle3Drafter):
         made = super().trained_as(own)
         made.mask_hidden.requires_grad_(made.num_depths > 1)
         return made
-
-    def recompute_activations(self) -> None:
-        """From now on, recompute activations of the layers in the backward pass."""
-        self._recomputes_layers = True
 
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Compile the layers except for their attention."""

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from drafttrain.core.batches import PackedDocuments
 from drafttrain.drafters.dflash.attention import attend_blocks
 from drafttrain.drafters.eagle.layer import EagleLayer, Norm
 from drafttrain.drafters.p_eagle.slots import MaskSlots
+from drafttrain.drafters.recomputing import run_part
 from drafttrain.target_model.packed_attention import Columns
 
 Entered = tuple[Tensor, Tensor]
@@ -52,10 +52,7 @@ def run_layer(
         query_BHNd, key_BGNd, value_BGNd = layer.project(inputs_BNX, positions_BN)
         return layer.finish(attend(query_BHNd, key_BGNd, value_BGNd), residual_BND), key_BGNd, value_BGNd
 
-    if recompute and torch.is_grad_enabled():
-        found: tuple[Tensor, Tensor, Tensor] = checkpoint(run, *entered, use_reentrant=False)
-        return found
-    return run(*entered)
+    return run_part(run, *entered, recompute=recompute)
 
 
 def real_rows(documents: PackedDocuments) -> Attend:

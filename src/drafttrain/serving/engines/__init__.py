@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from drafttrain.checkpoint import OWN_TOKENIZER, read_about
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.registry import Registry
 from drafttrain.environments.environment import Environment, is_installed, python_of
@@ -132,11 +133,14 @@ class ServingEngine(Loader):
     """The counters of its server; None: it has none that can be read."""
 
     def check_kind(self, folder: Path, kind: str) -> None:
-        """Check that this engine can run a kind of drafter.
+        """Check that this engine can run a kind of drafter, with the target's tokenizer.
 
         Raises:
             CheckpointError: It cannot; names the kinds that it runs, and the engines that run this kind.
         """
+        about = read_about(folder)
+        if about is not None and about.own_tokenizer:
+            raise CheckpointError(f"{folder}: {self.name} cannot run it: {OWN_TOKENIZER}")
         if kind in self.methods:
             return
         able = [name for name in engines.names() if kind in engine_of(name).methods]

@@ -61,15 +61,25 @@ class TransformersEngine(ServingEngine):
 
     def command(self, target: str, use: Use) -> str:
         """Return Python code that decodes with a constant draft length; by default transformers adapts it."""
-        return f"""\
+        return _code(target, use)
+
+
+def with_own_tokenizer(target: str, use: Use) -> str:
+    """Return Python code that decodes with a drafter that reads another tokenizer: universal assisted decoding."""
+    loaded = f"\nassistant_tokenizer = AutoTokenizer.from_pretrained({json.dumps(use.folder)})"
+    return _code(target, use, loaded=loaded, passed=", tokenizer=tokenizer, assistant_tokenizer=assistant_tokenizer")
+
+
+def _code(target: str, use: Use, *, loaded: str = "", passed: str = "") -> str:
+    return f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained({json.dumps(target)})
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(target)}){loaded}
 target = AutoModelForCausalLM.from_pretrained({json.dumps(target)})
 assistant = AutoModelForCausalLM.from_pretrained({json.dumps(use.folder)})
 assistant.generation_config.num_assistant_tokens = {use.num_draft_tokens}
 assistant.generation_config.num_assistant_tokens_schedule = "constant"
 assistant.generation_config.assistant_confidence_threshold = 0.0
 inputs = tokenizer("Once upon a time", return_tensors="pt")
-output = target.generate(**inputs, assistant_model=assistant, do_sample=False, max_new_tokens=128)
+output = target.generate(**inputs, assistant_model=assistant{passed}, do_sample=False, max_new_tokens=128)
 print(tokenizer.decode(output[0]))"""

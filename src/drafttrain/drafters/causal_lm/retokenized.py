@@ -1,0 +1,110 @@
+"""Drafting with a language model that reads text in its own tokens: token-level intersection, lossless.
+
+N = nodes of a tree, W = the drafter's vocabulary, V = the target's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict, fixed_chain
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.core.texts import Sampling
+from drafttrain.drafters.causal_lm.proposer import ChainProposer
+from drafttrain.target_model.other_tokenizer import OtherTokenizer, Reading
+from drafttrain.target_model.positions import UNLIMITED_POSITIONS
+
+
+class RetokenizedProposer:
+    """Drafts in the drafter's own tokens, of which only those can be drawn that the target has too.
+
+    The proposal holds the target's ids, and q is the drafter's distribution cut to the shared tokens and renormalised: exactly the
+    distribution that the tokens were drawn from. So verification on the target's ids is lossless, however the drafter reads the text.
+
+    After every round the whole text is encoded again by the drafter's tokenizer, which may join the newest characters to tokens before
+    them. What is cached stays as far as the tokens agree. Where the text ends inside a character, whose other bytes the target has yet
+    to write, the drafter cannot read its end and drafts nothing in this round.
+
+    Args:
+        drafts: Drafts in the drafter's ids, and only shared tokens.
+        vocab_size: The target's: the width of the rows of q.
+
+    Source: Timor et al. 2025, arXiv 2502.05202, algorithm 4.
+    """
+
+    needs = TargetNeeds()
+
+    def __init__(self, drafts: ChainProposer, other: OtherTokenizer, *, vocab_size: int) -> None:
+        self._drafts = drafts
+        self._other = other
+        self._vocab_size = vocab_size
+        self._contexts: list[Context] = []
+        self._readings: list[Reading] = []
+        self._drafted: list[Proposal] = []
+        """In the drafter's ids."""
+
+    def why_one_at_a_time(self, longest: int) -> str | None:
+        """Return why sequences must be drafted one at a time; None: they can be batched."""
+        # In the drafter's tokens they may be much longer.
+        return self._drafts.why_one_at_a_time(UNLIMITED_POSITIONS)
+
+    def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
+        """Read the prompts without their last own tokens."""
+        self._contexts = list(contexts)
+        self._read()
+        own = [
+            Context(context.id, list(reading.ids), len(reading.ids))
+            for context, reading in zip(contexts, self._readings, strict=True)
+        ]
+        self._drafts.begin(own, seen)
+
+    def propose(
+        self,
+        budgets: Sequence[Budget],
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+        more: Callable[[DraftStep], bool | More],
+    ) -> list[Proposal]:
+        """Return one chain per sequence, or one tree if the budgets are wider than 1; only the root where the text ends in a character."""
+        budgets = [
+            budget if reading.complete else budget.within(0)
+            for budget, reading in zip(budgets, self._readings, strict=True)
+        ]
+        roots = [context.tokens[-1] for context in self._contexts]
+
+        def in_target_ids(step: DraftStep) -> bool | More:
+            if step.token is None:
+                return more(step)
+            token = roots[step.sequence] if step.depth == 1 else self._other.target_of([step.token])[0]
+            return more(replace(step, token=token))
+
+        self._drafted = self._drafts.propose(budgets, sampling, generators, in_target_ids)
+        return [self._translated(root, draft) for root, draft in zip(roots, self._drafted, strict=True)]
+
+    def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
+        """Read the committed text again."""
+        self._read()
+        self._drafts.continue_from([reading.ids for reading in self._readings], self._drafted)
+
+    def drop(self, keep: Sequence[int]) -> None:
+        """Keep only these sequences."""
+        self._contexts = [self._contexts[i] for i in keep]
+        self._readings = [self._readings[i] for i in keep]
+        self._drafts.drop(keep)
+
+    def _read(self) -> None:
+        self._readings = [self._other.read(context.tokens) for context in self._contexts]
+
+    def _translated(self, root: int, draft: Proposal) -> Proposal:
+        """Return a proposal in the target's ids."""
+        if not draft.num_draft_tokens:
+            return fixed_chain(root, [])
+        rows_RW = draft.q_rows_RV
+        return replace(
+            draft,
+            tokens_N=torch.tensor([root, *self._other.target_of(draft.tokens_N[1:].tolist())]),
+            q_rows_RV=None if rows_RW is None else self._other.over_target(rows_RW, size=self._vocab_size),
+        )
