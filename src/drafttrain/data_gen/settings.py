@@ -149,7 +149,7 @@ class DataSettings:
     cache_dtype: Literal["float32", "bfloat16", "float16", "int8"] = setting(
         "float32",
         help="Type of cached states; bfloat16 is exact for a target that runs in bfloat16, int8 (with a scale for 32 features) takes "
-        "53 % of its bytes. What a type costs of acceptance is measured when the cache is written.",
+        "about half of its bytes. What a type costs of acceptance is measured when the cache is written.",
     )
     cache_top_k: int = setting(
         64, help="For cache top_k: tokens whose probability is stored; the others share the rest evenly.", ge=1

@@ -142,7 +142,8 @@ class DrafterRun(Run):
         parameters = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
         device = next(drafter.parameters()).device
         say(f"{what} {parameters:,} parameters for {settings.max_steps:,} steps")
-        say_how_full(data, settings, device=device)
+        if isinstance(data, TrainingData):
+            say_how_full(data, settings, device=device)
         return train(
             drafter,
             loss,
