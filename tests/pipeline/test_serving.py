@@ -17,7 +17,7 @@ from drafttrain.core.errors import CheckpointError, RecipeError
 from drafttrain.drafters.medusa.settings import JointSettings
 from drafttrain.environments.environment import EngineError
 from drafttrain.export.settings import ExportSettings
-from drafttrain.pipeline.data import check_writer
+from drafttrain.pipeline.data import check_data_engines
 from drafttrain.pipeline.formats import folder_as, formats_are_current, formats_of, write_formats
 from drafttrain.pipeline.serving import check_engines, served_folder, with_formats
 from drafttrain.target_model import Target, TargetSettings
@@ -138,6 +138,7 @@ def test_recipes_of_large_targets_have_shards_for_64_devices_and_a_fallback(
     recipe = load_recipe(path)
     assert recipe.data.generate is not None
     assert recipe.data.generate.num_records >= 4 * 64 * recipe.data.generate.records_per_shard
-    check_writer(load_recipe(path, ["data.generate.backend={kind: builtin}"]), tmp_path)
-    (tmp_path / "manifest.json").write_text("{}")
-    check_writer(recipe, tmp_path)
+    check_data_engines(load_recipe(path, ["data.generate.backend={kind: builtin}"]), tmp_path)
+    (tmp_path / "generated").mkdir()
+    (tmp_path / "generated" / "manifest.json").write_text("{}")
+    check_data_engines(recipe, tmp_path)

@@ -11,7 +11,7 @@ from drafttrain.commands.online import learn_online
 from drafttrain.commands.processes import joined_processes
 from drafttrain.config.recipe import Recipe
 from drafttrain.distributed.world import is_first
-from drafttrain.pipeline.data import check_writer, write_texts
+from drafttrain.pipeline.data import check_data_engines, write_texts
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.judging import export_and_judge
 from drafttrain.pipeline.kinds import kind_of_run
@@ -30,7 +30,7 @@ def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
         learn_online(recipe, folder, once=True)
         return
     check_engines(recipe.export, recipe.drafter.kind if recipe.drafter else None, where=folder)
-    check_writer(recipe, RunFolder(folder).data / "generated")
+    check_data_engines(recipe, RunFolder(folder).data)
     with contextlib.ExitStack() as held:
         with joined_processes(recipe, folder, held):
             made = checked_with_made_models(recipe, folder, fit=fit, above=above)

@@ -10,6 +10,7 @@ from drafttrain.core.registry import Registry
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.annotate import annotators
 from drafttrain.data_gen.settings import DataSettings
+from drafttrain.data_gen.states import states
 from drafttrain.drafters import drafters
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.export import exporters
@@ -80,6 +81,7 @@ class Recipe:
             problems += self._online()
         if self.train.target_placement != "replicated":
             problems += self._placement()
+        problems += self._states()
         if self.data.on_policy is not None and self.data.on_policy.fraction > 0:
             problems += self._on_policy()
         if self.train.device != "auto":
@@ -193,8 +195,29 @@ class Recipe:
                 yield f"{key}: a target cannot be sharded with train.devices 1"
             if self.target.device != "auto":
                 yield f"{key}: shards are on the processes' own devices: leave target.device at auto, got {self.target.device}"
-        elif self.data.cache == "none" and (made_of is None or made_of.needs_target or self._loss_needs_target()):
+        elif (
+            self.data.cache == "none"
+            and not self._states_elsewhere()
+            and (made_of is None or made_of.needs_target or self._loss_needs_target())
+        ):
             yield f"{key}: nothing of the target is stored with data.cache none: choose states, full or top_k"
+
+    def _states_elsewhere(self) -> bool:
+        """Return whether an engine computes the target's hidden states."""
+        kind = self.data.states.kind
+        return kind in states.names() and bool(_registered(states, kind).elsewhere)
+
+    def _states(self) -> Iterator[str]:
+        """Yield what does not fit to hidden states from an engine."""
+        if not self._states_elsewhere():
+            return
+        key = f"data.states: {self.data.states.kind}"
+        if self.train.target_placement != "absent":
+            yield f"{key}: the target's blocks are not loaded here: set train.target_placement: absent"
+        if self.data.generate is not None and self.data.generate.backend.kind == "builtin":
+            yield f"{key}: nor can drafttrain write texts without them: choose another data.generate.backend than builtin"
+        if getattr(self.data.states, "tensor_parallel_size", 1) > 1 and self.train.devices != 1:
+            yield f"{key}: its tensor_parallel_size is above 1, so one process uses several GPUs: set train.devices: 1"
 
     def _on_policy(self) -> Iterator[str]:
         """Yield what cannot be trained on answers of the drafter in training."""

@@ -11,6 +11,8 @@ from drafttrain.data_gen.annotate import annotators
 from drafttrain.data_gen.backends import backends
 from drafttrain.data_gen.backends.builtin import BuiltinSettings
 from drafttrain.data_gen.sources import sources
+from drafttrain.data_gen.states import states
+from drafttrain.data_gen.states.builtin import BuiltinStates
 
 PROMPTS = "data.generate.prompts"
 LARGEST_SHARE = 10_000
@@ -151,6 +153,12 @@ class DataSettings:
     )
     cache_top_k: int = setting(
         64, help="For cache top_k: tokens whose probability is stored; the others share the rest evenly.", ge=1
+    )
+    states: Any = setting(
+        BuiltinStates(),
+        help="What computes the target's outputs for the cache, and for each step without one, by kind: builtin (drafttrain), vllm (in "
+        "its own environment) or vllm_server (a running one); the last two need train.target_placement: absent.",
+        registry=states,
     )
     max_cache_gb: float = setting(
         8.0, help="Limit for a cache or for labelled tokens; larger ones are refused before writing.", gt=0

@@ -38,25 +38,32 @@ def write_texts(run: Run) -> None:
     generate_texts(run.recipe.data, lambda: run.target, run.folder.data, seed=run.recipe.seed)
 
 
-def check_writer(recipe: Recipe, texts: Path) -> None:
-    """Refuse a recipe whose texts vLLM writes if vLLM is not installed, before a target is loaded.
+def check_data_engines(recipe: Recipe, data: Path) -> None:
+    """Refuse a recipe whose texts or hidden states come from vLLM if vLLM is not installed, before a target is loaded.
 
     Args:
-        texts: Folder of the generated texts. If it is complete, vLLM is not needed any more.
+        data: Folder of the run's data. vLLM is not needed any more for what is complete.
 
     Raises:
-        RecipeError: Naming the command that installs vLLM, and the backend that works without it.
+        RecipeError: Naming the command that installs vLLM, and what works without it.
     """
-    generate = recipe.data.generate
-    if generate is None or generate.backend.kind != "vllm" or (texts / "manifest.json").exists():
-        return
     environment = environment_on(kind_of_device(recipe.target.device))
-    if not is_installed(environment):
-        problem = (
-            f"data.generate.backend: vllm is not installed here: drafttrain engines install {environment.name}; or let drafttrain write the "
+    if is_installed(environment):
+        return
+    command = f"drafttrain engines install {environment.name}"
+    generate, problems = recipe.data.generate, []
+    if generate is not None and generate.backend.kind == "vllm" and not (data / "generated" / "manifest.json").exists():
+        problems.append(
+            f"data.generate.backend: vllm is not installed here: {command}; or let drafttrain write the "
             "texts itself, more slowly: 'data.generate.backend={kind: builtin}'"
         )
-        raise RecipeError(recipe.name, [problem])
+    if recipe.data.states.kind == "vllm" and not any(data.glob("*-cache/cache.json")):
+        problems.append(
+            f"data.states: vllm is not installed here: {command}; or let drafttrain load the target: "
+            "'data.states={kind: builtin}'"
+        )
+    if problems:
+        raise RecipeError(recipe.name, problems)
 
 
 def training_data(run: Run) -> TrainingData:

@@ -22,6 +22,7 @@ from drafttrain.core.errors import CheckpointError, DrafttrainError, RecipeError
 from drafttrain.core.files import lock, write_json, write_text
 from drafttrain.core.foreign import read_json
 from drafttrain.core.provenance import provenance
+from drafttrain.data_gen.states.builtin import BuiltinStates
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.export.settings import ExportSettings
 from drafttrain.pipeline import inputs
@@ -246,7 +247,8 @@ def _labelling(recipe: Recipe) -> Recipe:
 
 def _training_settings(recipe: Recipe, *, done: bool) -> Recipe:
     """Return the part of a recipe that the weights depend on; until the training is done, this includes eval and export."""
-    recipe = replace(recipe, name="", train=recipe.train.without_layout())
+    data = replace(recipe.data, states=BuiltinStates())
+    recipe = replace(recipe, name="", data=data, train=recipe.train.without_layout())
     if done:
         return replace(recipe, eval=EvalSettings(), export=ExportSettings())
     return replace(recipe, export=replace(recipe.export, require={}, step=None))

@@ -21,6 +21,7 @@ from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.memory import return_memory
+from drafttrain.data_gen.states import states
 from drafttrain.data_gen.training_data import TrainingData
 from drafttrain.distributed.collectives import first_before_others
 from drafttrain.distributed.world import is_first
@@ -28,7 +29,6 @@ from drafttrain.eval.result import Result
 from drafttrain.pipeline.auto_types import resolve_auto_types
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.target_model import Target
-from drafttrain.target_model.absent_target import AbsentTarget
 from drafttrain.target_model.tokenizer import load_target_tokenizer, num_ids
 from drafttrain.training.result import TrainResult, folder_of_step, kept_steps
 
@@ -143,7 +143,12 @@ class Run(ABC):
 
     def _load_target(self) -> Target:
         if self.placement == "absent":
-            return AbsentTarget.load(self.recipe.target)
+            data, settings = self.recipe.data, self.recipe.eval
+            return states.build(data.states).target(
+                self.recipe.target,
+                max_length=max(data.max_length, (settings.prompt_tokens or 0) + settings.max_new_tokens),
+                while_training=data.cache == "none",
+            )
         if self.placement == "sharded":
             # It imports lightning, which an evaluation and an export run without.
             from drafttrain.training.sharded_target import ShardedTarget

@@ -14,6 +14,7 @@ from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Sampling
 from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import TokenCount, continuations
+from drafttrain.data_gen.states import states
 from drafttrain.data_gen.stored.validation_target import cached_continuations, cached_target
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.repetition import tokens_before_repetition
@@ -72,7 +73,8 @@ class Validation:
             if run.placement == "replicated":
                 texts = continuations(tasks, run.target, **limits)
             else:
-                texts = cached_continuations(run.folder.validation / "texts.json", tasks, run.target, **limits)
+                source = states.build(run.recipe.data.states)
+                texts = cached_continuations(run.folder.validation / "texts.json", tasks, run.target, source, **limits)
             bar.advance(len(texts))
         return texts
 

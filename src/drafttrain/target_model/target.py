@@ -125,6 +125,9 @@ class Target:
             final_BTD=final_BTD if needs.final else None,
         )
 
+    def read_ahead(self, tokens_BT: Tensor, positions_BT: Tensor, needs: TargetNeeds) -> None:
+        """Begin to read a batch that `read` will be called with, where that runs beside this process. By default it does not."""
+
     def rows_of(self, seen: TargetOutput) -> TargetRows:
         """Return the target's distribution over a batch whose final states were read."""
         assert seen.final_BTD is not None, "read the batch with TargetNeeds(final=True)"

@@ -76,12 +76,23 @@ class DistillModule(StepModule):
 
     def planned(self, batch: DraftBatch) -> DraftBatch:
         """Return a micro-batch with the length of the training, and the rows that the loss and the drafter will ask for."""
+        if self.target is not None and (unread := self._unread(batch)) is not None:
+            self.target.read_ahead(batch.tokens_BT, batch.positions_BT, unread)
         return with_plan(self.trained, self.loss, replace(batch, num_steps=self.settings.max_steps))
 
+    def _unread(self, batch: DraftBatch) -> TargetNeeds | None:
+        """Return what is read from the target for a micro-batch; None: it has all that is needed."""
+        needs, rows_needed = self.trained.needs(), self._rows_needed(batch)
+        if not rows_needed and (batch.target or TargetOutput()).has(needs):
+            return None
+        return needs | TargetNeeds(final=rows_needed)
+
+    def _rows_needed(self, batch: DraftBatch) -> bool:
+        return self.loss.needs_target and batch.target_rows is None
+
     def _with_target(self, batch: DraftBatch) -> DraftBatch:
-        needs = self.trained.needs()
-        rows_needed = self.loss.needs_target and batch.target_rows is None
-        reads = rows_needed or not (batch.target or TargetOutput()).has(needs)
+        rows_needed, unread = self._rows_needed(batch), self._unread(batch)
+        reads = unread is not None
         head = rows_needed or (self.loss.needs_target and isinstance(batch.target_rows, LiveRows))
         self.count_later(partial(distill_flops, self.trained, self.target, batch.shape, reads=reads, head=head))
         if not self._read_by_any(reads):
@@ -90,7 +101,7 @@ class DistillModule(StepModule):
         seen = self.target.read(
             batch.tokens_BT,
             batch.positions_BT,
-            needs | TargetNeeds(final=rows_needed),
+            unread or self.trained.needs(),
             documents=batch.packed_documents,
         )
         if not reads:

@@ -14,6 +14,7 @@ class SamplingParams:
 
     temperature: float
     top_p: float
+    top_k: int
     seed: int | None
     max_tokens: int
     stop_token_ids: list[int]

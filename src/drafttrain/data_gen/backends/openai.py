@@ -185,7 +185,7 @@ class OpenAI:
             request["seed"] = stream_seed(self.plan.seed, "server", task.id) % LARGEST_SEED
         if self.settings.logprobs:
             request["logprobs"] = 1
-        return request | (EXTENSIONS if self.settings.extensions else {})
+        return request | (EXTENSIONS | {"top_k": sampling.top_k or -1} if self.settings.extensions else {})
 
 
 class _Answers:

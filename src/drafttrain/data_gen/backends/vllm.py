@@ -31,7 +31,7 @@ class VllmSettings:
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
         None, help="Type of the weights in the engine; null: the target's."
     )
-    memory_gb: float = setting(1.0, help="Size of the engine's KV cache.", gt=0)
+    memory_gb: float = setting(1.0, help="Size of the engine's KV cache; on a CPU rounded up to whole gigabytes.", gt=0)
 
     def smoke(self) -> VllmSettings:
         """Return a copy that needs little memory."""
@@ -112,6 +112,7 @@ class Vllm:
             "prompt": list(task.prompt),
             "temperature": task.sampling.temperature,
             "top_p": task.sampling.top_p,
+            "top_k": task.sampling.top_k,
             "seed": stream_seed(self.plan.seed, "engine", task.id) % LARGEST_SEED,
         }
 

@@ -6,13 +6,14 @@ The request:
     dtype, max_model_len, max_num_seqs, memory_gb (of keys and values), on_cuda
     max_tokens            new tokens of each text
     ends                  token ids that end a text
-    shards                [{file, texts: [{prompt (token ids), temperature, top_p, seed}]}]
+    shards                [{file, texts: [{prompt (token ids), temperature, top_p, top_k (0: all), seed}]}]
 
 Each shard's texts, [{tokens, finish}], are written to its file as soon as the shard is done, completely or not at all. The
 answer: `version`; or `error`.
 """
 
 import json
+import math
 import os
 from typing import Any
 
@@ -27,7 +28,8 @@ SETTINGS = {
 def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     """Write all shards and return the answer to a request."""
     os.environ.update(SETTINGS)
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{request['memory_gb']:g}"
+    # It takes whole gigabytes only.
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(request["memory_gb"]))
     # With more threads small models are slower: 40 times with two, on a machine of two cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import vllm
@@ -48,6 +50,7 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
             vllm.SamplingParams(
                 temperature=text["temperature"],
                 top_p=text["top_p"],
+                top_k=text["top_k"],
                 seed=text["seed"] if text["temperature"] else None,
                 max_tokens=request["max_tokens"],
                 stop_token_ids=request["ends"],

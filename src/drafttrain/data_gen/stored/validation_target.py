@@ -22,7 +22,7 @@ from drafttrain.core.files import write_json
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.backends import Task
-from drafttrain.data_gen.backends.builtin import continuations
+from drafttrain.data_gen.states import StatesSource
 from drafttrain.data_gen.stored.cache_writer import build_cache
 from drafttrain.data_gen.stored.target_cache import RowCache
 from drafttrain.data_gen.stored.wanted import Wanted
@@ -35,6 +35,7 @@ def cached_continuations(
     path: Path,
     tasks: Sequence[Task],
     target: Target,
+    source: StatesSource,
     *,
     max_new_tokens: int,
     seed: int,
@@ -51,9 +52,8 @@ def cached_continuations(
     stored = shared(_stored(path, about) if is_first() else None)[0]
     if stored is not None:
         return list(stored)
-    with target.for_own_share() as live:
-        # Every process generates all of them: they are few, and a sharded target needs every process.
-        texts = continuations(tasks, live, max_new_tokens=max_new_tokens, seed=seed, written=written)
+    # The first process's: those of engines are not reproducible.
+    texts = shared(source.continued(tasks, target, max_new_tokens=max_new_tokens, seed=seed, written=written))[0]
     with first_before_others("it stores the validation texts"):
         if is_first():
             write_json(path, {"about": about, "texts": texts})

@@ -1,0 +1,1 @@
+"""Tests of hidden states that an engine computes."""
