@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from drafttrain.checkpoint import About
 from drafttrain.commands.sweep import fit_in_new_process, sweep
 from drafttrain.config.dump import dump_recipe
 from drafttrain.config.load import load_recipe
@@ -22,11 +23,12 @@ from drafttrain.core.errors import DrafttrainError, GateError, Interrupted, Reci
 from drafttrain.core.files import write_json, write_text
 from drafttrain.eval.figures import compare
 from drafttrain.eval.metrics import PromptCounts
-from drafttrain.eval.result import AtTemperature, PlainFigures, Result, read_result
+from drafttrain.eval.result import LOSSY, AtTemperature, PlainFigures, Result, read_result
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
 from drafttrain.pipeline.auto_types import resolve_auto_types
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.shared_data import cached_together, share_data
+from drafttrain.pipeline.sweep_report import markdown
 from drafttrain.pipeline.sweep_result import Finished, SweepResult, read_finished, sweep_result
 from tests.eval.results import figures, result
 
@@ -132,6 +134,34 @@ def test_table_json_and_picture_name_every_arm(whole):
     point = {"step": 10, "tokens": 500.0, "seconds": 2.0, "block_efficiency": pytest.approx(2.001)}
     assert content["arms"][0]["curve"][1] == point
     assert content["arms"][0]["temperatures"][0]["prompts"][0]["id"] == "a"
+
+
+def test_a_lossy_arm_is_marked_and_never_the_best(tmp_path):
+    def finished(name: str, **changes: object) -> Finished:
+        Finisher()(load_recipe("demo", ["train.lr=1e-3"]), tmp_path / name)
+        path = RunFolder(tmp_path / name).eval
+        replace(read_result(path), **changes).write(path)
+        return read_finished(tmp_path / name, seed=0)
+
+    runs = {"exact": [finished("exact")], "lossy": [finished("lossy", exactness=LOSSY)]}
+    settings = {name: {"rule": name} for name in runs}
+    page = markdown(
+        sweep_result(runs, settings=settings, axes={"rule": list(runs)}, rate=None, recipe="demo", failed={})
+    )
+    exact, lossy = (line for line in page.splitlines() if line.startswith(("| exact", "| lossy")))
+    assert "**" in exact
+    assert "(lossy)" in lossy
+    assert "**" not in lossy
+
+
+def test_the_validated_figure_is_that_of_the_step_that_was_exported(tmp_path):
+    """Which `export.step` chooses; here the best one is step 10."""
+    Finisher()(load_recipe("demo", ["train.lr=1e-3"]), tmp_path)
+    path = RunFolder(tmp_path).eval
+    made = read_result(path)
+    about = About("causal_lm", "builtin:target", "", "", 4096, trained_steps=20)
+    replace(made, drafters={"drafter": replace(made.drafters["drafter"], about=about)}).write(path)
+    assert read_finished(tmp_path, seed=0).run.validated == 1.75
 
 
 def finished_runs(folder: Path, rates: dict[str, float]) -> dict[str, list[Finished]]:
@@ -297,6 +327,17 @@ def test_runs_share_the_data_that_does_not_depend_on_what_differs(tmp_path):
         assert texts != first[1]
     assert place(seed=1)[1] != first[1]
     assert place("eval.validation_prompts=other.jsonl")[0] != first[0]
+
+
+def test_runs_share_nothing_that_was_made_of_other_files(tmp_path):
+    file = tmp_path / "prompts.txt"
+    words = (f"data.generate.prompts={{kind: text, path: {file}}}",)
+    found = []
+    for content in ("one text", "another text"):
+        file.write_text(content)
+        data = share_data(recipe_with(*words), tmp_path / content, tmp_path / "shared")
+        found.append((data, (data / "generated").resolve()))
+    assert not set(found[0]) & set(found[1])
 
 
 def test_a_data_folder_of_the_runs_own_stays(tmp_path):

@@ -35,6 +35,11 @@ REFUSED = {
     "an absent target": (["train.target_placement=absent", "data.cache=full"], "must be replicated, got absent"),
     "partitioned weights": (["train.deepspeed={stage: 3}"], "partitioned over processes writes no text"),
     "compiled layers": (["train.compile=true"], "train.compile"),
+    "dropout of adapters": (
+        ["drafter={kind: causal_lm, init: checkpoint, checkpoint: 'builtin:drafter', lora: {dropout: 0.1}}"],
+        "drafter.lora.dropout is for the tokens of a training step, not for draws: set 0, got 0.1",
+    ),
+    "a tokenizer of its own": (["drafter.tokenizer=builtin:target"], "writes no tokens of the target"),
     "no room": (["data.on_policy.min_prompt_tokens=64"], "64 leave no room for an answer within max_length 64"),
 }
 

@@ -153,6 +153,7 @@ def test_recipes_that_cannot_work_are_refused() -> None:
         assert f"drafter.{key}: 'target' starts from rows" in refused(f"drafter.{key}=target")
     for key in ("export.to=[vllm]", "export.verify=[transformers]"):
         assert "does not support a drafter with drafter.tokenizer" in refused(key)
+    assert "cannot be chosen: use train.deepspeed.stage 0, 1 or 2" in refused("train.deepspeed={stage: 3}")
     assert "tokenizer: unknown key" in refused("drafter={kind: eagle, tokenizer: bytes}")
     started = ("drafter.init=checkpoint", "drafter.checkpoint=target")
     assert "its tokenizer differs from the recipe's" in refused(*started)

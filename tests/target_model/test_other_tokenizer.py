@@ -50,6 +50,14 @@ def test_a_text_is_read_in_the_drafters_own_tokens():
     assert made.complete
 
 
+def test_behind_bytes_that_are_no_text_no_token_is_where_the_targets_is():
+    """They are read as U+FFFD, three bytes in place of one: later ends would be those of other tokens."""
+    other = OtherTokenizer(BPE, PIECES)
+    made = other.read(ids(BPE, "c", "ÿ", "t", "h", "e", "c", "a"))
+    assert PIECES.convert_ids_to_tokens(made.ids)[:4] == ["▁c", "<0xEF>", "<0xBF>", "<0xBD>"]
+    assert made.after_T == [1, -1, -1, -1, -1, -1, -1]
+
+
 def test_a_text_that_ends_inside_a_character_is_read_up_to_it():
     other = OtherTokenizer(BPE, PIECES)
     text = BPE("caé").input_ids

@@ -23,16 +23,21 @@ from drafttrain.core.files import write_text
 from drafttrain.distributed.world import launched, without_launcher
 from drafttrain.eval.result import current_result
 from drafttrain.pipeline.auto_types import resolve_auto_types
+from drafttrain.pipeline.data import check_data_engines
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.preflight import problems_of
 from drafttrain.pipeline.run import quiet_libraries
+from drafttrain.pipeline.serving import check_engines
 from drafttrain.pipeline.shared_data import cached_together, clear_shared, share_data
 from drafttrain.pipeline.sweep_report import show_sweep, write_sweep
 from drafttrain.pipeline.sweep_result import DRAFTER, RATE, SweepResult, read_finished, sweep_result
 from drafttrain.training.settings import TrainSettings
 
-SAME_IN_ALL = ("prompts", "validation_prompts", "prompt_tokens", "num_prompts", "max_new_tokens", "temperatures")
-"""Settings of the evaluation that must be equal in all arms: figures on other prompts cannot be compared."""
+SAME_IN_ALL = (
+    *("prompts", "validation_prompts", "prompt_tokens", "num_prompts"),
+    *("max_new_tokens", "temperatures", "top_p", "top_k"),
+)
+"""Settings of the evaluation that must be equal in all arms: figures on other prompts or of another sampling cannot be compared."""
 
 Fit = Callable[[Recipe, Path], None]
 """Runs all stages of a recipe in a folder."""
@@ -208,8 +213,26 @@ def _check(runs: Sequence[Run], first: Recipe, found: Problems) -> None:
         # The checks do not read what is left out here, so arms that differ in that alone are checked once.
         parts = plain(replace(run.recipe, name="", seed=0, loss=first.loss, train=TrainSettings()))
         if (key := json.dumps([data, parts])) not in checked:
-            checked[key] = list(problems_of(run.recipe, fetch=False, data=data))
+            checked[key] = [*problems_of(run.recipe, fetch=False, data=data), *_missing_engines(run)]
         found.note(run.arm, [*checked[key], *_other_training(run)])
+
+
+def _missing_engines(run: Run) -> list[str]:
+    """Return which engines that the recipe names are not installed, or cannot run its drafter."""
+    recipe, kind = run.recipe, run.recipe.drafter.kind if run.recipe.drafter else None
+    checks = (
+        lambda: check_engines(recipe.export, kind, where=run.folder),
+        lambda: check_data_engines(recipe, RunFolder(run.folder).data),
+    )
+    found: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except RecipeError as error:
+            found += error.problems
+        except DrafttrainError as error:
+            found.append(str(error))
+    return found
 
 
 def _not_comparable(recipe: Recipe, first: Recipe) -> Iterator[str]:

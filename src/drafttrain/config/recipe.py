@@ -86,6 +86,10 @@ class Recipe:
             problems += self._on_policy()
         if self.train.device != "auto":
             problems += self._own_device()
+        if getattr(self.drafter, "tokenizer", None) is not None and self.train.zero_stage == 3:
+            problems.append(
+                "drafter.tokenizer: rows of a head that is partitioned over processes cannot be chosen: use train.deepspeed.stage 0, 1 or 2"
+            )
         problems += self._confidence()
         problems += self._numbered_devices()
         if "gain_over_start" in self.export.require and not self.eval.start:
@@ -218,6 +222,11 @@ class Recipe:
             yield f"{key}: nor can drafttrain write texts without them: choose another data.generate.backend than builtin"
         if getattr(self.data.states, "tensor_parallel_size", 1) > 1 and self.train.devices != 1:
             yield f"{key}: its tensor_parallel_size is above 1, so one process uses several GPUs: set train.devices: 1"
+        if self.data.states.kind == "vllm" and self.target.device.startswith("cuda:"):
+            yield (
+                f"{key}: vLLM takes the first GPUs that it sees: leave target.device at auto, got {self.target.device}, and choose them with "
+                "CUDA_VISIBLE_DEVICES"
+            )
 
     def _on_policy(self) -> Iterator[str]:
         """Yield what cannot be trained on answers of the drafter in training."""
@@ -235,6 +244,8 @@ class Recipe:
             )
         if getattr(self.drafter, "tokenizer", None) is not None:
             yield "data.on_policy: a drafter with its own tokenizer writes no tokens of the target: leave drafter.tokenizer or the section out"
+        if (lora := getattr(self.drafter, "lora", None)) is not None and lora.dropout:
+            yield f"data.on_policy: drafter.lora.dropout is for the tokens of a training step, not for draws: set 0, got {lora.dropout:g}"
         if self.target.model is None:
             yield "data.on_policy: the answers are trained towards the target's distribution, but target.model is null"
         for settings in components_of(self.loss):

@@ -99,6 +99,7 @@ def _readers(recipe: Recipe) -> Iterator[Reader]:
     if recipe.data.generate is not None:
         yield from (_of_source(key, source) for key, source in recipe.data.generate.prompt_sources().items())
     yield _of_folder("drafter.checkpoint", getattr(recipe.drafter, "checkpoint", None))
+    yield _of_tokenizer("drafter.tokenizer", getattr(recipe.drafter, "tokenizer", None))
     yield _of_folder(f"{HEAD}drafter", getattr(recipe.head, "drafter", None))
     for number, head in enumerate(_heads(recipe.eval)):
         yield _of_folder(f"{HEAD}eval.{number}", head)
@@ -133,6 +134,10 @@ def _of_source(key: str, settings: Any) -> Reader:
 
 def _of_folder(key: str, name: str | None) -> Reader:
     return key, name, lambda: fingerprint_of(resolve_folder(str(name)))
+
+
+def _of_tokenizer(key: str, name: str | None) -> Reader:
+    return key, name, lambda: files_digest(tokenizer_files(resolve_folder(str(name))))
 
 
 def _of_files(key: str, settings: Any) -> Iterator[Reader]:

@@ -217,6 +217,8 @@ def _not_planned(recipe: Recipe) -> Iterator[str]:
         yield "head: a plan counts the training of a drafter, and this recipe trains a head, which is small"
     if recipe.target.model is None:
         yield "target.model: a plan needs the sizes of a target, and there is none"
+    if getattr(recipe.drafter, "tokenizer", None) is not None:
+        yield "drafter.tokenizer: a plan does not know how many tokens of the drafter's own tokenizer a text has: not planned"
     named = {"target.model": recipe.target.model, "drafter.checkpoint": getattr(recipe.drafter, "checkpoint", None)}
     for key, name in named.items():
         if name is not None and name.startswith(MADE_BY):

@@ -19,6 +19,7 @@ from drafttrain.eval.settings import EvalSettings
 from drafttrain.export.settings import ExportSettings
 from drafttrain.losses import losses
 from drafttrain.pipeline.folder import PROMPT_SETTINGS, RunFolder
+from drafttrain.pipeline.inputs import GENERATED_FROM, OF_TARGET, PROMPTS, VALIDATION, Inputs, inputs_of
 from drafttrain.training.settings import TrainSettings
 
 DATA, TEXTS = "data", "texts"
@@ -56,21 +57,27 @@ def cached_together(recipe: Recipe) -> str:
 def _data_key(recipe: Recipe) -> str:
     """Return a digest of what the data folder depends on: texts, encoded records, contamination."""
     prompts = EvalSettings(**{name: getattr(recipe.eval, name) for name in PROMPT_SETTINGS})
-    return _digest(replace(_without_training(recipe), eval=prompts))
+    return _digest(replace(_without_training(recipe), eval=prompts), files=inputs_of(recipe, only=_is_read_by_data))
 
 
 def _texts_key(recipe: Recipe) -> str:
     """Return a digest of what the generated texts depend on."""
     data = DataSettings(sources=[], max_length=recipe.data.max_length, generate=recipe.data.generate)
-    return _digest(replace(_without_training(recipe), data=data, eval=EvalSettings()))
+    files = inputs_of(recipe, only=lambda key: key in OF_TARGET or key.startswith(GENERATED_FROM))
+    return _digest(replace(_without_training(recipe), data=data, eval=EvalSettings()), files=files)
+
+
+def _is_read_by_data(key: str) -> bool:
+    """Return whether the data folder depends on the content of an input."""
+    return key in (*OF_TARGET, PROMPTS, VALIDATION) or key.startswith("data.")
 
 
 def _without_training(recipe: Recipe) -> Recipe:
     return replace(recipe, name="", drafter=None, loss=None, train=TrainSettings(), export=ExportSettings())
 
 
-def _digest(recipe: Recipe) -> str:
-    return hashlib.sha256(json.dumps(plain(recipe)).encode()).hexdigest()[:10]
+def _digest(recipe: Recipe, *, files: Inputs | None = None) -> str:
+    return hashlib.sha256(json.dumps([plain(recipe), files]).encode()).hexdigest()[:10]
 
 
 def _link(place: Path, to: Path) -> None:

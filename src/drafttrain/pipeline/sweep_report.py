@@ -88,7 +88,10 @@ def _rows(result: SweepResult, marked: Callable[[str], str], *, escaped: Callabl
         escaped: Makes text from outside safe.
     """
     best = [
-        max(arm.temperatures[i].block_efficiency.value for arm in result.arms)
+        max(
+            (part.block_efficiency.value for arm in result.arms if not (part := arm.temperatures[i]).lossy),
+            default=math.nan,
+        )
         for i in range(len(result.arms[0].temperatures) if result.arms else 0)
     ]
     rows = []
@@ -97,7 +100,10 @@ def _rows(result: SweepResult, marked: Callable[[str], str], *, escaped: Callabl
         cells += [f"{arm.tokens:,.0f}", f"{arm.seconds:,.0f}", number(arm.validated, 3)]
         for part, largest in zip(arm.temperatures, best, strict=True):
             shown = part.block_efficiency.text(3)
-            cells.append(marked(shown) if part.block_efficiency.value == largest else shown)
+            if part.lossy:
+                cells.append(f"{shown} (lossy)")
+            else:
+                cells.append(marked(shown) if part.block_efficiency.value == largest else shown)
             if len(result.seeds) > 1:
                 cells.append(", ".join(f"{value:.2f}" for value in part.by_seed))
             cells.append(number(part.draft_acceptance_rate, 3))

@@ -74,6 +74,8 @@ class ArmAtTemperature:
     """Block efficiency of each seed, in their order."""
     draft_acceptance_rate: float
     """Accepted / drafted."""
+    lossy: bool
+    """Whether its acceptance rule changes the distribution of the output."""
     difference: PairedComparison | None
     """Block efficiency minus that of the baseline, paired over prompts; None: the baseline itself."""
     prompts: Sequence[PromptCounts]
@@ -148,8 +150,12 @@ def read_finished(folder: Path, *, seed: int) -> Finished:
     except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
         raise DrafttrainError(f"{folder}: train.json or metrics.csv cannot be read: {error}") from error
     accepted = run.exported(DRAFTER) == run.drafter
-    measured = SweepRun(seed, folder.name, tokens, seconds, done.best_step, accepted, curve)
-    return Finished(measured, read_result(run.eval), read_json(run.inputs))
+    result = read_result(run.eval)
+    about = result.drafters[DRAFTER].about
+    # `export.step` may have chosen another step than the best one.
+    exported = about.trained_steps if about is not None else done.best_step
+    measured = SweepRun(seed, folder.name, tokens, seconds, exported, accepted, curve)
+    return Finished(measured, result, read_json(run.inputs))
 
 
 VALIDATED = "validation_block_efficiency"
@@ -215,6 +221,7 @@ def _arm(
                 block_efficiency=ratio_interval([c.num_tokens for c in counts], [c.num_rounds for c in counts]),
                 by_seed=[totals_of(one).block_efficiency for one in by_seed],
                 draft_acceptance_rate=totals_of(counts).draft_acceptance_rate,
+                lossy=any(one.result.lossy for one in runs),
                 difference=compare(counts, other) if other is not None else None,
                 prompts=counts,
             )

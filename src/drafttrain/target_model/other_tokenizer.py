@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 import torch
@@ -138,7 +138,11 @@ class OtherTokenizer:
         made.ids += ids
         places = self._places(ids, text.encode())
         places[0] = 0
-        made.after_T += [first + places[end] if end in places else -1 for end in accumulate(map(len, pieces))]
+        # Behind bytes that are no UTF-8, which are read as U+FFFD, places of the two texts do not correspond.
+        both = zip(b"".join(pieces), text.encode(), strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
+        ends = accumulate(map(len, pieces))
+        made.after_T += [first + places[end] if end in places and end <= same else -1 for end in ends]
 
     def _places(self, ids: Sequence[int], text: bytes) -> dict[int, int]:
         """Return, by the bytes before it, the number of own tokens; empty where these do not spell the text."""

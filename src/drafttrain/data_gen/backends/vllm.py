@@ -32,6 +32,7 @@ class VllmSettings:
         None, help="Type of the weights in the engine; null: the target's."
     )
     memory_gb: float = setting(1.0, help="Size of the engine's KV cache; on a CPU rounded up to whole gigabytes.", gt=0)
+    tensor_parallel_size: int = setting(1, help="GPUs that share the target's weights.", ge=1)
 
     def smoke(self) -> VllmSettings:
         """Return a copy that needs little memory."""
@@ -96,6 +97,7 @@ class Vllm:
             "target": str(folder.resolve()),
             "dtype": self._dtype,
             "memory_gb": self.settings.memory_gb,
+            "tensor_parallel_size": self.settings.tensor_parallel_size,
             "on_cuda": plan.target.device.type == "cuda",
             "max_model_len": longest + plan.max_new_tokens,
             "max_num_seqs": plan.batch_size,

@@ -40,6 +40,7 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
         max_model_len=request["max_model_len"],
         max_num_seqs=request["max_num_seqs"],
         enforce_eager=not request["on_cuda"],
+        tensor_parallel_size=request["tensor_parallel_size"],
         seed=0,
         # On a CPU the environment variable sets it; on a GPU the target and the drafter need the rest of the memory.
         **({"kv_cache_memory_bytes": int(request["memory_gb"] * 1e9)} if request["on_cuda"] else {}),

@@ -76,7 +76,10 @@ class VllmSource:
         written: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
         """Return the target's continuations by vLLM, in another process than the states."""
-        settings = VllmSettings(dtype=self.settings.dtype, memory_gb=self.settings.memory_gb)
+        own = self.settings
+        # Two engines would hold the target's weights at once; that of the states starts again when it is asked.
+        target.release()
+        settings = VllmSettings(dtype=own.dtype, memory_gb=own.memory_gb, tensor_parallel_size=own.tensor_parallel_size)
         return continued_by(
             lambda plan: Vllm(settings, plan),
             tasks,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.errors import CheckpointError
@@ -26,6 +25,7 @@ from drafttrain.drafters.causal_lm.projected import projected
 from drafttrain.drafters.causal_lm.proposer import ChainProposer
 from drafttrain.drafters.causal_lm.retokenized import RetokenizedProposer
 from drafttrain.drafters.lora import LORA_HELP, LoraSettings, linears_in, lora_problems
+from drafttrain.drafters.recomputing import run_part
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.attention import drafter_attention
@@ -210,7 +210,7 @@ class CausalLMDrafter(Drafter):
         super().recompute_activations()
         # Hugging Face's own switch acts only in training mode, which the model is never in.
         for block in blocks(self.model):
-            block.__dict__["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
+            block.__dict__["forward"] = partial(run_part, block.forward, recompute=True)
 
     def adaptable(self) -> dict[str, nn.Linear]:
         """Return the linear layers of the model but for its head, which the loss multiplies by itself."""
