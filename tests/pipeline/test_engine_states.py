@@ -99,6 +99,7 @@ def test_a_drafter_trained_on_states_of_another_process_is_that_of_the_target(re
         ),
         (["data.states={kind: vllm, tensor_parallel_size: 2}"], "one process uses several GPUs: set train.devices: 1"),
         (["data.states={kind: vllm, tensor_parallel_size: 2}", "train.devices=1"], None),
+        (["data.states={kind: vllm}", "target.device=cuda:1"], "vLLM takes the first GPUs that it sees"),
         ([ENGINE, LIVE], None),
         ([LIVE], "nothing of the target is stored with data.cache none"),
         ([ENGINE, "drafter={kind: causal_lm, init: target}"], "absent: drafter.init: target cuts the drafter from"),

@@ -99,6 +99,16 @@ def test_a_resumed_training_refuses_content_that_changed(place: Path, key: str) 
         opened(place)
 
 
+def test_a_tokenizer_of_the_drafters_own_is_an_input_of_the_run(place: Path) -> None:
+    shutil.copytree(place / "target", place / "own")
+    recipe = RECIPE.replace("init: checkpoint, checkpoint: start", "init: scratch, tokenizer: own")
+    (place / "r.yaml").write_text(recipe)
+    begin(opened(place))
+    edit(place / "own" / "chat_template.jinja")
+    with pytest.raises(RecipeError, match=r"drafter\.tokenizer: own .*has changed"):
+        opened(place)
+
+
 def test_all_that_changed_is_named_at_once(place: Path) -> None:
     begin(opened(place))
     for name in TRAINED_ON.values():

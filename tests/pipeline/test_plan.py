@@ -308,6 +308,7 @@ def test_the_command_prints_the_tables() -> None:
         (["tiny_acceptance"], "trains a head"),
         (["builtin_drafter"], "target.model: a plan needs the sizes of a target"),
         (["tiny_eagle", "target.model=recipe:demo"], "is made by another recipe"),
+        (["direct_alignment", "drafter.tokenizer=builtin:target"], "drafter.tokenizer: a plan does not know"),
     ],
 )
 def test_what_cannot_be_planned_is_named(words: list[str], problem: str) -> None:
