@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -130,17 +130,20 @@ class OtherTokenizer:
         if self._target.puts_space and pieces[0].startswith(b" "):
             pieces[0] = pieces[0][1:]
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        text = decoder.decode(b"".join(pieces))
+        spelled = b"".join(pieces)
+        text = decoder.decode(spelled)
+        read = text.encode()
         made.complete = not decoder.getstate()[0]
         first = len(made.ids)
         # Faster than the tokenizer's call, which the sides have made: no truncation is left in it.
         ids = self.own.backend_tokenizer.encode(text, add_special_tokens=False).ids
         made.ids += ids
-        places = self._places(ids, text.encode())
+        places = self._places(ids, read)
         places[0] = 0
-        # Behind bytes that are no UTF-8, which are read as U+FFFD, places of the two texts do not correspond.
-        both = zip(b"".join(pieces), text.encode(), strict=False)
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
+        same = len(read)
+        if not spelled.startswith(read):
+            # Behind bytes that are no UTF-8, which are read as U+FFFD, places of the two texts do not correspond.
+            same = next(place for place, (theirs, own) in enumerate(zip(spelled, read, strict=False)) if theirs != own)
         ends = accumulate(map(len, pieces))
         made.after_T += [first + places[end] if end in places and end <= same else -1 for end in ends]
 
