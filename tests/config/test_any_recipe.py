@@ -17,7 +17,6 @@ MAX_SENTENCE = 700
 """Characters of a problem. The longest lists the keys of a section."""
 
 
-
 @functools.cache
 def texts() -> list[str]:
     """Return the bundled recipes as they are, and with every default written out, so that every key can be changed."""

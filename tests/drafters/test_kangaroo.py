@@ -530,7 +530,7 @@ STOP = Confidence(ConfidenceSettings(threshold=0.235, min_tokens=0, max_tokens=2
 def test_with_a_draft_vocabulary_the_output_has_the_targets_distribution(small):
     proposer = with_vocabulary(small, 4, noise=0.1).proposer(small)
     policy = FixedLength(FixedLengthSettings(2))
-    assert chi_square(small.model, proposer, 1.0, policy=policy, samples=1500) > 1e-3
+    assert chi_square(small.model, proposer, 1.0, policy=policy, samples=1000) > 1e-3
 
 
 @pytest.mark.parametrize("draft", ["sampled", "greedy"])
@@ -545,7 +545,7 @@ def test_the_output_has_the_targets_distribution_when_drafting_stops_early(small
         return proposals
 
     proposer.propose = noted  # type: ignore[method-assign]
-    assert chi_square(small.model, proposer, 1.0, policy=STOP, samples=1500) > 1e-3
+    assert chi_square(small.model, proposer, 1.0, policy=STOP, samples=1000) > 1e-3
     assert lengths == {0, 1, 2}, "the rule must have stopped at every length"
 
 
@@ -571,7 +571,7 @@ def test_control_a_stop_that_depends_on_the_drawn_token_changes_the_distribution
 
     proposer.propose = shortened  # type: ignore[method-assign]
     policy = FixedLength(FixedLengthSettings(2))
-    assert chi_square(small.model, proposer, 1.0, policy=policy, samples=1500) < 1e-3
+    assert chi_square(small.model, proposer, 1.0, policy=policy, samples=1000) < 1e-3
 
 
 def test_trees_are_refused(target):

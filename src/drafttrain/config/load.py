@@ -110,7 +110,9 @@ def _checked(settings: type[T], root: Node, problems: list[Problem], *, source: 
 
 def _no_structured_config(made: object) -> list[Problem]:
     """Check with OmegaConf too: settings are structured configs, by the types of their fields (values are checked before)."""
-    return [Problem("", fault) for settings in dict.fromkeys(_settings_types(made)) if (fault := _fault_of_fields(settings))]
+    return [
+        Problem("", fault) for settings in dict.fromkeys(_settings_types(made)) if (fault := _fault_of_fields(settings))
+    ]
 
 
 def _settings_types(made: object) -> Iterator[type]:
