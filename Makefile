@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
+# Tests start processes: each would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 QUICK = tests/test_architecture.py tests/config/test_load.py tests/losses tests/eval
 
 .PHONY: demo demo-chat quick test docs words test-processes test-cuda test-full headers test-serving test-serving-kinds gpu-check check format install clean

@@ -373,17 +373,17 @@ def test_pretraining_comes_first_reads_plain_text_only_and_its_end_is_the_start(
             load_recipe(recipe, [*wanted, generated, f"data.sources=[{{kind: generated}}{unread}]"])
 
 
-def test_eval_runs_where_lightning_and_deepspeed_are_not_installed(finished):
-    blocked = (
-        "import sys\n"
-        "for name in ('lightning', 'pytorch_lightning', 'deepspeed'): sys.modules[name] = None\n"
-        "from drafttrain.cli import main\n"
-        f"sys.argv = ['drafttrain', 'eval', {str(finished / 'drafter')!r}, {str(finished / 'start')!r},"
-        f" 'eval.num_prompts=2', 'eval.max_new_tokens=4', 'eval.speed_prompts=0',"
-        f" 'eval.prompts={finished.parent / 'prompts.jsonl'}']\n"
-        "main()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, check=False)
+def test_eval_recipes_and_export_need_neither_lightning_nor_deepspeed(finished):
+    few = ["eval.num_prompts=2", "eval.max_new_tokens=4", "eval.speed_prompts=0"]
+    words = [
+        "eval",
+        finished / "drafter",
+        finished / "start",
+        *few,
+        f"eval.prompts={finished.parent / 'prompts.jsonl'}",
+    ]
+    command = [sys.executable, "-m", "tests.commands.without_trainer", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "A - B" in done.stderr
     assert "block efficiency" in done.stdout
