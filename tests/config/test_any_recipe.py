@@ -1,5 +1,6 @@
 """Whatever a recipe or an override holds, it is loaded, or refused in sentences that name the line."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -15,9 +16,13 @@ from drafttrain.core.errors import RecipeError
 MAX_SENTENCE = 700
 """Characters of a problem. The longest lists the keys of a section."""
 
-TEXTS = [recipe.path.read_text(encoding="utf-8") for recipe in bundled_recipes()]
-FULL_TEXTS = [dump_recipe(read_recipe(text, source="bundled")) for text in TEXTS]
-"""With every default written out, so that every key can be changed."""
+
+@functools.cache
+def texts() -> list[str]:
+    """Return the bundled recipes as they are, and with every default written out, so that every key can be changed."""
+    bundled = [recipe.path.read_text(encoding="utf-8") for recipe in bundled_recipes()]
+    return bundled + [dump_recipe(read_recipe(text, source="bundled")) for text in bundled]
+
 
 # fmt: off
 VALUES = st.one_of(
@@ -43,7 +48,7 @@ VALUES = st.one_of(
 @st.composite
 def changed_recipes(draw: st.DrawFn) -> str:
     """Return a bundled recipe with one to four of its lines changed."""
-    lines = draw(st.sampled_from(TEXTS + FULL_TEXTS)).splitlines()
+    lines = draw(st.sampled_from(texts())).splitlines()
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(lines) - 1))
         key, colon, _ = lines[at].partition(":")

@@ -31,6 +31,7 @@ from drafttrain.target_model.anatomy import blocks, final_norm
 from drafttrain.target_model.logits import head_logits
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS, chi_square, decode, greedy
+from tests.marks import only
 from tests.target_model.test_target import ARCHITECTURES
 from tests.training.squares import Squares
 
@@ -328,7 +329,7 @@ def test_a_drafter_equal_to_its_target_is_always_accepted(idle_target, temperatu
     assert any(one.num_accepted < one.num_draft_tokens for g in wrong for one in g.rounds)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", only(["gemma", "gpt_neox"], ARCHITECTURES))
 def test_greedy_output_is_the_targets_own_for_every_architecture(name):
     torch.manual_seed(0)
     target = wrapped(AutoModelForCausalLM.from_config(ARCHITECTURES[name]).eval().double())
@@ -530,7 +531,7 @@ STOP = Confidence(ConfidenceSettings(threshold=0.235, min_tokens=0, max_tokens=2
 def test_with_a_draft_vocabulary_the_output_has_the_targets_distribution(small):
     proposer = with_vocabulary(small, 4, noise=0.1).proposer(small)
     policy = FixedLength(FixedLengthSettings(2))
-    assert chi_square(small.model, proposer, 1.0, policy=policy, samples=1500) > 1e-3
+    assert chi_square(small.model, proposer, 1.0, policy=policy, samples=1000) > 1e-3
 
 
 @pytest.mark.parametrize("draft", ["sampled", "greedy"])
@@ -545,7 +546,7 @@ def test_the_output_has_the_targets_distribution_when_drafting_stops_early(small
         return proposals
 
     proposer.propose = noted  # type: ignore[method-assign]
-    assert chi_square(small.model, proposer, 1.0, policy=STOP, samples=1500) > 1e-3
+    assert chi_square(small.model, proposer, 1.0, policy=STOP, samples=1000) > 1e-3
     assert lengths == {0, 1, 2}, "the rule must have stopped at every length"
 
 
@@ -571,7 +572,7 @@ def test_control_a_stop_that_depends_on_the_drawn_token_changes_the_distribution
 
     proposer.propose = shortened  # type: ignore[method-assign]
     policy = FixedLength(FixedLengthSettings(2))
-    assert chi_square(small.model, proposer, 1.0, policy=policy, samples=1500) < 1e-3
+    assert chi_square(small.model, proposer, 1.0, policy=policy, samples=1000) < 1e-3
 
 
 def test_trees_are_refused(target):

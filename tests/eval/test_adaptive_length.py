@@ -26,6 +26,7 @@ from drafttrain.heads.acceptance import AcceptanceHead, AcceptanceSettings
 from tests.drafters.eagle_models import eagle_drafter, eagle_target
 from tests.eval.decoding import PROMPTS, V, chi_square, decode, greedy, noisy, small_target
 from tests.eval.test_engine import target as target
+from tests.marks import slow
 
 
 def write_head(folder: Path, hidden_size: int, *, gain: float = 8.0) -> str:
@@ -52,7 +53,7 @@ def cumulative(head: str, threshold: float, **settings: Any) -> CumulativeReject
     return CumulativeReject(CumulativeRejectSettings(threshold=threshold, head=head, **settings))
 
 
-@pytest.mark.parametrize(("threshold", "drafted"), [(1.0, 6), (2.0, 6), (-0.01, 2), (-1.0, 2)])
+@pytest.mark.parametrize(("threshold", "drafted"), [(1.0, 6), slow(2.0, 6), (-0.01, 2), slow(-1.0, 2)])
 def test_a_threshold_of_1_drafts_to_the_maximum_and_one_below_0_to_the_minimum(target, tmp_path, threshold, drafted):
     head = write_head(tmp_path, 32)
     proposer = ChainProposer(noisy(target.model, 0.02), target_vocab_size=V)
@@ -79,9 +80,16 @@ def test_greedy_output_is_the_targets_own_and_no_forward_is_wasted(target, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings"), [("kangaroo", {"exit_layer": 2}), ("eagle", {}), ("eagle3", {"draft_vocab_size": 120})]
+    ("name", "kind", "settings"),
+    [
+        ("cumulative", "kangaroo", {"exit_layer": 2}),
+        slow("cumulative", "eagle", {}),
+        ("cumulative", "eagle3", {"draft_vocab_size": 120}),
+        slow("cost", "kangaroo", {"exit_layer": 2}),
+        ("cost", "eagle", {}),
+        slow("cost", "eagle3", {"draft_vocab_size": 120}),
+    ],
 )
-@pytest.mark.parametrize("name", ["cumulative", "cost"])
 def test_drafters_on_the_targets_features_stop_by_a_head_too(kind, settings, name, tmp_path):
     """Alone and in a batch, greedy and sampled: the same text; lengths differ from round to round."""
     target = eagle_target()

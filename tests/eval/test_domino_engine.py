@@ -166,7 +166,7 @@ def small() -> Any:
 
 
 def distribution_of(target: Target, proposer: Any) -> float:
-    return chi_square(target.model, proposer, 1.0, samples=1200, target=target)
+    return chi_square(target.model, proposer, 1.0, samples=800, target=target)
 
 
 @pytest.mark.parametrize("shift_label", [True, False])

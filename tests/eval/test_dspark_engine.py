@@ -29,6 +29,7 @@ from tests.drafters.block_models import block_drafter, block_target
 from tests.drafters.test_dspark import PAPER, all_logits
 from tests.eval.decoding import chi_square, decode, greedy
 from tests.eval.test_eagle_engine import Tree
+from tests.marks import slow
 
 PROMPTS = [Prompt(str(i), list(range(1 + i, 2 + i + size))) for i, size in enumerate((0, 5, 11))]
 NEW = 24
@@ -36,11 +37,11 @@ DSPARK: dict[str, Any] = {"sample_from_anchor": True, "markov_rank": 6, "block_s
 CHAIN, TREE = FixedLength(FixedLengthSettings(4)), Tree(12, 3, 3)
 CUT = PredictedAcceptance(PredictedAcceptanceSettings(threshold=0.5))
 ARMS = [
-    ("vanilla", CHAIN),
+    slow("vanilla", CHAIN),
     ("gated", CHAIN),
-    ("rnn", CHAIN),
+    slow("rnn", CHAIN),
     ("vanilla", CUT),
-    ("vanilla", TREE),
+    slow("vanilla", TREE),
     ("rnn", TREE),
 ]
 
@@ -234,8 +235,14 @@ class Lengths(PredictedAcceptance):
         self.lengths.append(verdict.num_draft_tokens)
 
 
-@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
-@pytest.mark.parametrize("of", [None, "token", "prefix"])
+@pytest.mark.parametrize(
+    ("of", "head"),
+    [
+        *((None, "vanilla"), slow(None, "gated"), slow(None, "rnn")),
+        *(slow("token", "vanilla"), ("token", "gated"), slow("token", "rnn")),
+        *(slow("prefix", "vanilla"), slow("prefix", "gated"), ("prefix", "rnn")),
+    ],
+)
 def test_the_output_has_the_targets_distribution(small, head, of):
     """Without and with a cut where the predicted acceptance is low."""
     target, made = small
@@ -265,7 +272,7 @@ def test_control_a_cut_that_reads_the_token_itself_changes_the_output(small):
 
 
 def distribution_of(target: Target, proposer: Any, policy: Any) -> float:
-    return chi_square(target.model, proposer, 1.0, samples=1200, target=target, policy=policy)
+    return chi_square(target.model, proposer, 1.0, samples=800, target=target, policy=policy)
 
 
 def test_a_drafter_without_predictions_is_refused(target):
@@ -317,11 +324,12 @@ def acceptance_after_training(target: Target, kind: str, table_VV: Tensor) -> fl
         seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs() | TargetNeeds(final=True))
         batch = replace(batch, target=seen, target_rows=target.rows_of(seen))
         optimizer.zero_grad()
-        made = batch_loss(drafter, loss, batch, vocab_size=8, measured=True)
+        made = batch_loss(drafter, loss, batch, vocab_size=8, measured=step >= steps - 5)
         (made.total / len(made.loss_N)).backward()
         optimizer.step()
-        rates.append(float(made.acceptance_N.mean()))
-    return sum(rates[-5:]) / 5
+        if made.acceptance_N is not None:
+            rates.append(float(made.acceptance_N.mean()))
+    return sum(rates) / len(rates)
 
 
 def test_a_walk_learns_a_bigram_that_independent_slots_cannot():

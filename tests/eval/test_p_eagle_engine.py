@@ -29,6 +29,7 @@ from tests.drafters.p_eagle_models import p_eagle
 from tests.eval.decoding import chi_square, decode, greedy
 from tests.eval.test_dflash_engine import Watching
 from tests.eval.test_eagle_engine import Tree
+from tests.marks import slow
 
 PROMPTS = [Prompt(str(i), list(range(1 + i, 2 + i + size))) for i, size in enumerate((0, 5, 11))]
 """One prompt has a single token: there are no features of it yet."""
@@ -72,7 +73,7 @@ def decoded(target: Target, drafter: Any, policy: Any = CHAIN, **options: Any) -
     return decode(target, proposer, policy=policy, **arguments)
 
 
-@pytest.mark.parametrize("policy", [CHAIN, Confidence(), TREE])
+@pytest.mark.parametrize("policy", [slow(CHAIN), slow(Confidence()), TREE])
 def test_greedy_output_is_the_targets_own_together_and_alone(target, policy):
     """With low and with high acceptance; in a batch every prompt has the same rounds as alone."""
     unskilled = decoded(target, p_eagle(target), policy, new=8)
@@ -252,4 +253,4 @@ def test_control_an_argmax_that_is_called_a_draw_changes_the_output(small):
 
 
 def distribution_of(target: Target, proposer: Any, policy: Any = None) -> float:
-    return chi_square(target.model, proposer, 1.0, samples=1200, target=target, policy=policy)
+    return chi_square(target.model, proposer, 1.0, samples=800, target=target, policy=policy)

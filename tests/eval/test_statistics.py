@@ -26,10 +26,11 @@ from drafttrain.online.drift import drift
 from drafttrain.serving.promise import promise_of
 from tests.eval import results
 from tests.eval.simulated import EQUALS, FIGURES, SHARES, block_efficiency
+from tests.marks import slow
 
 EVALUATIONS = 1200
 """Known to 0.6 percentage points; the benchmark runs more."""
-PROMPTS = (8, 12, 32, 80)
+PROMPTS = (8, slow(12), slow(32), 80)
 
 
 @functools.cache

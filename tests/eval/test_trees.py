@@ -19,6 +19,7 @@ from drafttrain.eval.settings import EvalSettings, length_label
 from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS, V, chi_square, decode, greedy, noisy, small_target
+from tests.marks import slow
 
 TREE = TreeLength(TreeSettings(num_draft_tokens=9, depth=3, width=3))
 
@@ -116,7 +117,7 @@ def test_a_policy_can_stop_a_tree_before_it_grows(target):
 SMALL_TREE = TreeLength(TreeSettings(num_draft_tokens=5, depth=2, width=2))
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@pytest.mark.parametrize("temperature", [slow(0.5), 1.0])
 def test_the_output_of_trees_has_the_targets_distribution(temperature):
     model = small_target().model
     proposer = ChainProposer(noisy(model, 0.15), target_vocab_size=8)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,12 +109,30 @@ def _checked(settings: type[T], root: Node, problems: list[Problem], *, source: 
 
 
 def _no_structured_config(made: object) -> list[Problem]:
-    """Check with OmegaConf too: settings are structured configs, and must be valid as such."""
+    """Check with OmegaConf too: settings are structured configs, by the types of their fields (values are checked before)."""
+    return [
+        Problem("", fault) for settings in dict.fromkeys(_settings_types(made)) if (fault := _fault_of_fields(settings))
+    ]
+
+
+def _settings_types(made: object) -> Iterator[type]:
+    """Yield the type of settings, and those of all settings in it."""
+    if isinstance(made, list):
+        for item in made:
+            yield from _settings_types(item)
+    elif is_dataclass(made):
+        yield type(made)
+        for one in fields(made):
+            yield from _settings_types(getattr(made, one.name))
+
+
+@cache
+def _fault_of_fields(settings: type) -> str | None:
     try:
-        OmegaConf.structured(made)
+        OmegaConf.structured(settings)
     except OmegaConfBaseException as error:
-        return [Problem("", str(error).replace("\n", " "))]
-    return []
+        return str(error).replace("\n", " ")
+    return None
 
 
 def _import_plugins(root: Node) -> list[Problem]:
