@@ -6,6 +6,7 @@ The drafter and its texts are those of stories260k.py: first run that with `--st
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -38,6 +39,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of a prompt")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--bounds", action="store_true", help="only what the shared tokens hold: nothing is trained")
+    parser.add_argument(
+        "--language-model", action="store_true", help="a drafter that was trained on the same texts without the target"
+    )
     parser.add_argument("--tokenizers", nargs="+", choices=TOKENIZERS, default=list(TOKENIZERS))
     arguments = parser.parse_args()
     bytes_folder = arguments.out / "bytes"
@@ -45,13 +49,25 @@ def main() -> None:
     if arguments.bounds:
         bounds(arguments, str(bytes_folder))
         return
+    if arguments.language_model:
+        model = language_model(arguments)
+        for choice in ("tokens", "strings"):
+            result = evaluated(arguments, model.parent, model, choice)
+            for row in rows(f"language model, {choice}", model.parent, result, seconds=0.0):
+                print("| " + " | ".join(row) + " |", flush=True)
+        return
     print("| tokenizer | shared | temperature | block efficiency | alpha | at most | parity | MBSU | speed-up | fit |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name in arguments.tokenizers:
         began = time.perf_counter()
         folder = fit(arguments, name, str(bytes_folder) if name == "bytes" else TOKENIZERS[name])
-        for row in rows(name, folder, seconds=time.perf_counter() - began):
-            print("| " + " | ".join(row) + " |", flush=True)
+        seconds = time.perf_counter() - began
+        results = {name: folder / "eval.json"}
+        if TOKENIZERS[name] is not None:
+            results[f"{name}, strings"] = evaluated(arguments, folder, folder / "drafter", "strings")
+        for label, result in results.items():
+            for row in rows(label, folder, result, seconds=seconds):
+                print("| " + " | ".join(row) + " |", flush=True)
 
 
 @torch.no_grad()
@@ -109,21 +125,67 @@ def fit(arguments: argparse.Namespace, name: str, tokenizer: str | None) -> Path
     return Path(out) / overrides[0].removeprefix("name=")
 
 
-def rows(name: str, folder: Path, *, seconds: float) -> list[list[str]]:
-    """Return the figures of a run, by temperature."""
-    result = json.loads((folder / "eval.json").read_text())
+def language_model(arguments: argparse.Namespace) -> Path:
+    """Train a model of the drafter's size on the texts alone, in the tokens of builtin:target; return its folder.
+
+    It is what one finds for a target of another family: it knows all of its own tokens, and nothing of the target.
+    """
+    out = arguments.out
+    tokenizer = load_tokenizer(resolve_folder(the_target(out)))
+    shards = sorted((out / "stories260k" / "data" / "generated").glob("shard-*.jsonl"))
+    tokens = [json.loads(line)["tokens"] for shard in shards for line in shard.read_text().splitlines()]
+    texts = [tokenizer.decode(one, skip_special_tokens=True) for one in tokens]
+    (out / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    recipe = yaml.safe_load((out / "stories260k.yaml").read_text())
+    recipe |= {"name": "cross-language-model", "target": {"model": None, "tokenizer": "builtin:target"}}
+    recipe |= {"loss": {"kind": "ce"}, "export": {}, "eval": {}}
+    recipe["data"] = {"max_length": 160, "sources": [{"kind": "jsonl", "path": str(out / "texts.jsonl")}]}
+    recipe["train"] |= {"max_steps": arguments.steps, "batch_size": arguments.batch, "eval_every_steps": 0}
+    file = out / "language-model.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "drafttrain", "fit", str(file), "--runs", str(out)]
+    with (out / "cross-language-model.log").open("w") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log)
+    model = out / recipe["name"] / "model"
+    shutil.copytree(out / recipe["name"] / "drafter", model, dirs_exist_ok=True)
+    # Without it the folder is a plain model of another family.
+    (model / "drafttrain.json").unlink()
+    return model
+
+
+def evaluated(arguments: argparse.Namespace, folder: Path, drafter: Path, choice: str) -> Path:
+    """Evaluate a drafter with its own tokenizer, beside prompt lookup; return the result's file."""
+    out = folder / choice
+    overrides = [
+        f"eval.prompts={arguments.out / 'test.jsonl'}",
+        "eval.prompt_tokens=null",
+        f"eval.num_prompts={arguments.prompts}",
+        f"eval.max_new_tokens={arguments.tokens}",
+        f"eval.across_tokenizers={choice}",
+        "eval.beside=[{kind: ngram}]",
+    ]
+    command = [sys.executable, "-m", "drafttrain", "eval", str(drafter), "--out", str(out), *overrides]
+    with (arguments.out / f"{folder.name}-{choice}.log").open("w") as log:
+        subprocess.run([*command, "--target", the_target(arguments.out)], check=True, stdout=log, stderr=log)
+    return out / "eval.json"
+
+
+def rows(name: str, folder: Path, file: Path, *, seconds: float) -> list[list[str]]:
+    """Return the figures of a result, by temperature; of prompt lookup too, where it was evaluated beside the drafter."""
+    result = json.loads(file.read_text())
     found = []
-    for part in result["temperatures"]:
-        figures: dict[str, Any] = part["drafters"]["drafter"]
+    drafters = [(part, label) for part in result["temperatures"] for label in part["drafters"] if label != "start"]
+    for part, label in drafters:
+        figures: dict[str, Any] = part["drafters"][label]
         parity = figures.get("parity")
         found.append(
             [
-                name,
-                shared(folder),
+                name if label == "drafter" else label,
+                shared(folder) if (folder / "drafter").is_dir() and label == "drafter" else "",
                 f"{part['temperature']:g}",
                 interval(figures["block_efficiency"]),
-                f"{figures['alpha']['value']:.3f}",
-                f"{figures.get('alpha_bound', 1.0):.3f}",
+                f"{figures['alpha']['value']:.3f}" if figures.get("alpha") else "",
+                f"{figures.get('alpha_bound', 1.0):.3f}" if figures.get("alpha") else "",
                 f"{parity['num_equal']} of {parity['num_prompts']}" if parity else "",
                 f"{figures['mbsu']:.2f}",
                 interval(figures["speedup"]),

@@ -1,4 +1,4 @@
-"""A drafter with its own tokenizer: the output has exactly the target's distribution, by enumeration of every draw."""
+"""A drafter with its own tokenizer, by shared tokens and by strings: the output has exactly the target's distribution, by enumeration of every draw."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafttrain.core.proposals import Budget, Context, Proposal
+from drafttrain.core.proposals import Budget, Context, NodeKind, Proposal, chain, fixed_tree
 from drafttrain.core.target_probs import TargetProbs
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import chain_draft
+from drafttrain.drafters.causal_lm.across_tokenizers import EncodedText
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.eval.verification import walk
 from drafttrain.target_model import Target
@@ -30,10 +31,12 @@ OWN = letters(["c", "ba", "b", "a"], order=[4, 3, 0, 2, 1])
 PROMPT = [1, 2]
 
 
-def pair(size: int = 4, **options: Any) -> tuple[Target, CausalLMDrafter]:
+def pair(size: int = 4, *, strings: bool = False, seed: int = 2, **options: Any) -> tuple[Target, CausalLMDrafter]:
     target = Target(random_llama(vocab_size=size, num_layers=1).double(), TARGET, name="letters", fingerprint="")
-    model = random_llama(vocab_size=5, num_layers=1, seed=2).double()
-    return target, CausalLMDrafter(model, other=OtherTokenizer(TARGET, OWN), **options).eval()
+    model = random_llama(vocab_size=5, num_layers=1, seed=seed).double()
+    drafter = CausalLMDrafter(model, other=OtherTokenizer(TARGET, OWN), **options).eval()
+    assert not strings or drafter.draft_strings()
+    return target, drafter
 
 
 def enumerated(
@@ -57,7 +60,7 @@ def enumerated(
                 [Budget(depth, depth)], Sampling(1.0), [torch.Generator()], lambda step: True
             )
         drafted = proposal.tokens_N[1:].tolist()
-        rows_NV = torch.stack([p[level][tuple(drafted[:level])] for level in range(depth + 1)])
+        rows_NV = torch.stack([p[level][tuple(drafted[:level])] for level in range(len(drafted) + 1)])
         path, token = walk(changed(proposal), TargetProbs.of(rows_NV), script)  # type: ignore[arg-type]
         tokens = [*drafted[: len(path) - 1], token]
         while len(tokens) < 2:
@@ -107,6 +110,41 @@ def test_the_output_has_exactly_the_targets_distribution(depth):
     assert distance(found, p) < EXACT
 
 
+DRAFTED = {19: ["ba", "c", "c"], 27: ["a", "b", "<|end|>"]}
+"""What drafters of these seeds draft: one token that is two of the target's and one that it lacks, or two that it joins."""
+
+
+@pytest.mark.parametrize(("seed", "tokens"), [(19, ["b", "a"]), (27, ["ab", "<|end|>"])])
+def test_the_output_of_string_verification_has_exactly_the_targets_distribution(seed, tokens):
+    verified = []
+
+    def seen(proposal: Proposal) -> Proposal:
+        verified.append(TARGET.convert_ids_to_tokens(proposal.tokens_N[1:].tolist()))
+        return proposal
+
+    found, p = enumerated(3, changed=seen, strings=True, seed=seed)
+    assert all(one == tokens for one in verified)
+    assert sum(found.values()) == pytest.approx(1, abs=1e-9)
+    assert distance(found, p) < EXACT
+
+
+@pytest.mark.parametrize("seed", [19, 27])
+def test_control_strings_that_are_tested_with_the_drafters_probability(seed):
+    """The probability of an own token is not that of the target's first token of its text: a test of p / q is biased."""
+    _, drafter = pair(seed=seed)
+    with torch.no_grad():
+        q_W = drafter.model(torch.tensor([OWN.convert_tokens_to_ids(["a", "b"])])).logits[0, -1].softmax(-1)
+    (first,) = OWN.convert_tokens_to_ids(DRAFTED[seed][:1])
+
+    def with_q(proposal: Proposal) -> Proposal:
+        root, token, *_ = proposal.tokens_N.tolist()
+        q_V = torch.zeros(4, dtype=torch.float64)
+        q_V[token] = q_W[first]
+        return chain([root, token], kind=NodeKind.SAMPLED, q_rows_RV=q_V[None])
+
+    assert distance(*enumerated(3, changed=with_q, strings=True, seed=seed)) > 0.01
+
+
 def test_control_q_without_renormalisation():
     _, drafter = pair()
     with torch.no_grad():
@@ -127,19 +165,47 @@ def test_control_a_map_of_ids_that_is_off_by_one():
     assert distance(*enumerated(1, changed=shifted)) > 0.01
 
 
-@pytest.mark.parametrize("draft", ["sampled", "greedy"])
-def test_sampled_output_passes_a_test_against_the_target(draft):
+@pytest.mark.parametrize(("draft", "strings"), [("sampled", False), ("greedy", False), ("greedy", True)])
+def test_sampled_output_passes_a_test_against_the_target(draft, strings):
     tokenizer = letters(["a", "b", "c", "ab", "bc", "d", "e"])
     model = random_llama(num_layers=1, vocab_size=8, hidden_size=16).double()
     target = Target(model, tokenizer, name="letters", fingerprint="")
     own = OtherTokenizer(tokenizer, OWN)
     drafter = CausalLMDrafter(random_llama(vocab_size=5, num_layers=1, seed=2).double(), draft=draft, other=own).eval()
+    assert not strings or drafter.draft_strings()
     assert chi_square(model, drafter.proposer(target), 1.0, target=target, samples=600) > 1e-3
 
 
-def test_greedy_output_is_the_targets_own():
-    target, drafter = pair()
+@pytest.mark.parametrize("strings", [False, True])
+def test_greedy_output_is_the_targets_own(strings):
+    target, drafter = pair(strings=strings)
     prompts = [Prompt(str(n), TARGET("abba"[:n]).input_ids) for n in (1, 2, 4)]
     found = decode(target, drafter.proposer(target), prompts=prompts, new=30, stop_tokens=())
     assert [one.tokens for one in found] == [greedy(target, prompt, 30) for prompt in prompts]
     assert any(one.num_accepted for generation in found for one in generation.rounds)
+
+
+def test_a_drafter_of_strings_drafts_what_it_does_not_share():
+    target, drafter = pair(strings=True)
+    # Its likeliest token is "ba" after every text.
+    head = drafter.model.get_output_embeddings().weight
+    states_D = drafter.model.model(torch.tensor([[1, 2]])).last_hidden_state[0, -1]
+    with torch.no_grad():
+        head[OWN.convert_tokens_to_ids("ba")] = 10 * states_D
+    proposer = drafter.proposer(target)
+    proposer.begin([Context("0", TARGET("b").input_ids, 1)], [])
+    (proposal,) = proposer.propose([Budget(3, 3)], Sampling(0.0), [torch.Generator()], lambda step: True)
+    assert TARGET.convert_ids_to_tokens(proposal.tokens_N.tolist()) == ["b", "b", "ab", "ab"]
+    assert proposal.q_rows_RV is None
+
+
+def test_branches_of_the_same_text_become_one():
+    ba, a, b = OWN.convert_tokens_to_ids(["ba", "a", "b"])
+    draft = fixed_tree(0, [(ba, 0), (b, 0), (a, 0), (a, 2), (b, 3)])
+    context = Context("0", TARGET("b").input_ids, 1)
+    made = EncodedText(OtherTokenizer(TARGET, OWN)).proposal(context, Budget(8, 3, 3), draft)
+    # "ba" and "b", "a" are the same text; "a", "b" is one token.
+    assert TARGET.convert_ids_to_tokens(made.tokens_N.tolist()) == ["b", "b", "a", "ab"]
+    assert made.parents_N.tolist() == [-1, 0, 1, 0]
+    few = EncodedText(OtherTokenizer(TARGET, OWN)).proposal(context, Budget(2, 3, 3), draft)
+    assert few.parents_N.tolist() == [-1, 0, 1]

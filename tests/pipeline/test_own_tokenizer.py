@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,24 @@ def test_its_evaluation_is_lossless_and_states_the_bound_of_alpha(exported: Path
     assert greedy.alpha_bound == pytest.approx(greedy.draft_vocabulary_share)
 
 
+def test_its_evaluation_by_strings_is_lossless_and_has_no_alpha(exported: Path) -> None:
+    target = Target.load(TargetSettings(model="target"))
+    settings = load_recipe("r.yaml", ["eval.across_tokenizers=strings"]).eval
+    result = evaluate_folders({"drafter": exported}, target, settings, dropped=())
+    greedy, sampled = (part.drafters["drafter"] for part in result.temperatures)
+    assert greedy.parity is not None
+    assert greedy.parity.exact
+    assert result.settings["across_tokenizers"] == "strings"
+    for figures in (greedy, sampled):
+        assert (figures.alpha, figures.alpha_bound, figures.draft_vocabulary_share, figures.replay) == (
+            None,
+            None,
+            None,
+            {},
+        )
+        assert figures.vllm.num_draft_tokens > 0
+
+
 def test_transformers_decodes_with_it_as_without(exported: Path) -> None:
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype="float64").eval() for folder in ("target", exported)]
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in ("target", exported)]
@@ -155,6 +174,9 @@ def test_recipes_that_cannot_work_are_refused() -> None:
         assert "does not support a drafter with drafter.tokenizer" in refused(key)
     assert "cannot be chosen: use train.deepspeed.stage 0, 1 or 2" in refused("train.deepspeed={stage: 3}")
     assert "tokenizer: unknown key" in refused("drafter={kind: eagle, tokenizer: bytes}")
+    assert "across_tokenizers: strings: the drafter has the target's tokenizer" in refused(
+        "drafter.tokenizer=null", "eval.across_tokenizers=strings"
+    )
     started = ("drafter.init=checkpoint", "drafter.checkpoint=target")
     assert "its tokenizer differs from the recipe's" in refused(*started)
 
@@ -164,6 +186,13 @@ def test_a_plain_model_with_another_tokenizer_is_evaluated(place: Path, capsys: 
     AutoTokenizer.from_pretrained("bytes").save_pretrained(place / "plain")
     check_drafters(TargetSettings(model="target"), ["plain"])
     assert "the vocabularies share" in capsys.readouterr().err
+    same = place / "same"
+    shutil.copytree(place / "target", same)
+    settings = load_recipe("r.yaml", ["eval.across_tokenizers=strings"]).eval
+    with pytest.raises(
+        CheckpointError, match="across_tokenizers is strings, but no drafter here has its own tokenizer"
+    ):
+        evaluate_folders({"A": same}, Target.load(TargetSettings(model="target")), settings, dropped=())
     random_llama(vocab_size=100, num_layers=1).save_pretrained(place / "plain")
     with pytest.raises(RecipeError, match="plain has 100 embedding rows, but its tokenizer has 261 tokens"):
         check_drafters(TargetSettings(model="target"), ["plain"])

@@ -24,6 +24,7 @@ from drafttrain.core.texts import Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.arms import Arm
 from drafttrain.eval.conversation import Conversation, chat_prompt
+from drafttrain.eval.evaluate import choose_drafts
 from drafttrain.eval.fastest_length import fastest_length, known_lengths
 from drafttrain.eval.interval import number
 from drafttrain.eval.prompts import read_prompts
@@ -93,6 +94,7 @@ def open_drafter(name: str, target: str | None, given: Sequence[str]) -> Opened:
     check_drafters(of_target, [str(folder)])
     loaded = Target.load(of_target)
     drafter = read_drafter(folder, loaded)
+    choose_drafts([drafter], settings)
     opened = Opened(drafter, drafter.adapted(loaded), settings)
     why = ""
     if not any(one.startswith("eval.length") for one in given):

@@ -90,6 +90,10 @@ class Recipe:
             problems.append(
                 "drafter.tokenizer: rows of a head that is partitioned over processes cannot be chosen: use train.deepspeed.stage 0, 1 or 2"
             )
+        if self.eval.across_tokenizers == "strings" and getattr(self.drafter, "tokenizer", None) is None:
+            problems.append(
+                "eval.across_tokenizers: strings: the drafter has the target's tokenizer: set tokens, or drafter.tokenizer"
+            )
         problems += self._confidence()
         problems += self._numbered_devices()
         if "gain_over_start" in self.export.require and not self.eval.start:

@@ -43,6 +43,8 @@ class Drafter(nn.Module, ABC):
     """It reads nothing of the target, so that its `language_model` continues any text, also during training."""
     draft: str = "sampled"
     """At temperature > 0: `sampled` draws from its distribution; `greedy` takes the argmax, as some engines draft."""
+    drafts_strings: bool = False
+    """It has its own tokenizer, and drafts any text: what it drew says nothing about the probability of the target's tokens."""
     figures: ClassVar[tuple[str, ...]] = ()
     """Further columns of metrics.csv: means over rows that the loss beside its drafts measures in training."""
     serving: ClassVar[str] = "No serving engine loads this kind: decode with `drafttrain eval DRAFTER`."
@@ -102,6 +104,10 @@ class Drafter(nn.Module, ABC):
     @property
     def compares_with_target(self) -> bool:
         """Training reads the target's distribution, even if the loss does not."""
+        return False
+
+    def draft_strings(self) -> bool:
+        """Draft any text from now on, also what the target's tokenizer splits differently; return whether the drafter can."""
         return False
 
     @property

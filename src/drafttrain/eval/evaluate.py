@@ -10,6 +10,7 @@ from pathlib import Path
 
 from drafttrain.checkpoint import read_about, read_drafter
 from drafttrain.core.console import say
+from drafttrain.core.errors import CheckpointError
 from drafttrain.core.proposals import Exactness
 from drafttrain.core.provenance import provenance
 from drafttrain.core.texts import Prompt, Sampling
@@ -56,6 +57,7 @@ def evaluate(
         say("note: eval.resamples has no effect: intervals are computed, not resampled. Remove it from the recipe.")
     _check_heads(folders, target, settings)
     drafters = {name: read_drafter(folder, target) for name, folder in folders.items()}
+    choose_drafts(list(drafters.values()), settings)
     targets = {name: drafter.adapted(target) for name, drafter in drafters.items()}
     beside = _beside(folders, settings)
     sources, arms_targets = drafters | beside, targets | dict.fromkeys(beside, target)
@@ -75,6 +77,22 @@ def evaluate(
         trainer_loaded=any(name in sys.modules for name in ("lightning", "deepspeed")),
         seconds=round(time.perf_counter() - began, 1),
     )
+
+
+def choose_drafts(drafters: Sequence[Drafter], settings: EvalSettings) -> None:
+    """Let drafters with their own tokenizer draft what the settings choose.
+
+    Raises:
+        CheckpointError: No drafter has its own tokenizer, and the settings need one.
+    """
+    if settings.across_tokenizers != "strings":
+        return
+    # Of several drafters, each that can.
+    chosen = [one.draft_strings() for one in drafters]
+    if not any(chosen):
+        raise CheckpointError(
+            "eval.across_tokenizers is strings, but no drafter here has its own tokenizer: set tokens"
+        )
 
 
 def _check_heads(folders: Mapping[str, Path], target: Target, settings: EvalSettings) -> None:

@@ -139,9 +139,9 @@ def _replayed(
 ) -> tuple[Interval | None, float | None, dict[str, Interval]]:
     """Return the acceptance rate, its bound, and block efficiency by draft length, by replay on the emitted text.
 
-    A training-free proposer has no distribution: it has neither.
+    Neither a training-free proposer nor a drafter of strings has a distribution over the target's tokens.
     """
-    if not isinstance(arm.source, Drafter):
+    if not isinstance(arm.source, Drafter) or arm.source.drafts_strings:
         return None, None, {}
     texts = [
         Text(one.id, list(one.prompt_tokens), list(one.tokens[: count.num_tokens]))
@@ -208,8 +208,8 @@ def relative_speed(arm: Arm, other: Arm) -> Interval:
 
 
 def _draft_vocabulary_share(arm: Arm) -> float | None:
-    """Return the share of the output that the drafter's vocabulary holds; None: it has the target's."""
-    vocabulary = getattr(arm.source, "vocabulary", None)
+    """Return the share of the output that the drafter's vocabulary holds; None: it has the target's, or drafts any text."""
+    vocabulary = None if getattr(arm.source, "drafts_strings", False) else getattr(arm.source, "vocabulary", None)
     return None if vocabulary is None else share_of_tokens([one.tokens for one in arm.generations], vocabulary)
 
 

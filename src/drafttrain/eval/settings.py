@@ -1,7 +1,7 @@
 """The section `eval` of a recipe."""
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from drafttrain.core.registry import component_mapping
 from drafttrain.core.settings import setting
@@ -49,6 +49,11 @@ class EvalSettings:
         [],
         help="Proposers that need no training, evaluated beside the drafter and compared with it, by kind: `{kind: ngram}`.",
         registry=proposers,
+    )
+    across_tokenizers: Literal["tokens", "strings"] = setting(
+        "tokens",
+        help="What a drafter with its own tokenizer drafts. tokens: those that the target has too. strings: any text, encoded again "
+        "with the target's tokenizer.",
     )
     rule: Any = setting(LosslessSettings(), help="Which draft tokens are accepted, by kind.", registry=acceptance_rules)
     checker: Any = setting(

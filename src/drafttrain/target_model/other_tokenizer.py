@@ -6,7 +6,6 @@ R = shared tokens, T = tokens of a text of the target
 from __future__ import annotations
 
 import codecs
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.target_model.end_tokens import end_of_text_id
-from drafttrain.target_model.token_bytes import control_ids, is_lone_byte, token_bytes
+from drafttrain.target_model.spelling import Spelling
+from drafttrain.target_model.target_text import TargetText
 from drafttrain.target_model.tokenizer import num_ids
 
 LEAST_SHARED = 0.01
@@ -57,8 +57,8 @@ class OtherTokenizer:
 
     def __init__(self, target: Any, own: Any, *, target_rows: int | None = None, name: str = "the drafter") -> None:
         self.own = own
-        self._target = _Side(target, name="the target")
-        self._own = _Side(own, name=name)
+        self._target = Spelling(target, name="the target")
+        self._own = Spelling(own, name=name)
         self._name = name
         self._control = self._same_control()
         pairs = self._same_text() | self._control
@@ -126,17 +126,14 @@ class OtherTokenizer:
 
     def _add_text(self, made: Reading, tokens: Sequence[int]) -> None:
         """Add the tokens of a text without special tokens."""
-        pieces = [self._target.spells(token) for token in tokens]
-        if self._target.puts_space and pieces[0].startswith(b" "):
-            pieces[0] = pieces[0][1:]
+        pieces = self._target.pieces(tokens, begins=True)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         spelled = b"".join(pieces)
         text = decoder.decode(spelled)
         read = text.encode()
         made.complete = not decoder.getstate()[0]
         first = len(made.ids)
-        # Faster than the tokenizer's call, which the sides have made: no truncation is left in it.
-        ids = self.own.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._own.encode(text)
         made.ids += ids
         places = self._places(ids, read)
         places[0] = 0
@@ -149,9 +146,7 @@ class OtherTokenizer:
 
     def _places(self, ids: Sequence[int], text: bytes) -> dict[int, int]:
         """Return, by the bytes before it, the number of own tokens; empty where these do not spell the text."""
-        pieces = [self._own.spells(one) for one in ids]
-        if self._own.puts_space and pieces and pieces[0].startswith(b" "):
-            pieces[0] = pieces[0][1:]
+        pieces = self._own.pieces(ids, begins=True)
         if b"".join(pieces) != text:
             return {}
         return {end: number for number, end in enumerate(accumulate(map(len, pieces)), start=1)}
@@ -175,35 +170,10 @@ class OtherTokenizer:
         return same
 
     @cached_property
+    def target_text(self) -> TargetText:
+        """Own tokens as the target's tokens of the same text."""
+        return TargetText(self._target, self._own, control=self._control, num_tokens=self.num_target_tokens)
+
+    @cached_property
     def _target_of(self) -> Mapping[int, int]:
         return dict(zip(self.own_R.tolist(), self.target_R.tolist(), strict=True))
-
-
-class _Side:
-    """What is known of one tokenizer."""
-
-    def __init__(self, tokenizer: Any, *, name: str) -> None:
-        self.tokenizer = tokenizer
-        self._bytes = token_bytes(tokenizer, name=name)
-        names = {id: token for token, id in tokenizer.get_vocab().items()}
-        self.control = {names[id]: id for id in sorted(control_ids(tokenizer)) if id in names}
-        """Ids of the special tokens by name."""
-        self._names = names
-        bare, whole = (list(tokenizer("a", add_special_tokens=add).input_ids) for add in (False, True))
-        begin = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-        self.starts = whole[:begin]
-        """What it puts before every text."""
-        self.puts_space = bool(bare) and self.spells(bare[0]).startswith(b" ")
-        """It puts a space before every text."""
-
-    def spells(self, id: int) -> bytes:
-        """Return the bytes of a token; the name of a special one; nothing for an id without a token."""
-        return self._bytes.get(id, self._names.get(id, "").encode())
-
-    def by_bytes(self) -> dict[bytes, list[int]]:
-        """Return the ids of the tokens that spell the same; lone bytes of SentencePiece last."""
-        found: dict[bytes, list[int]] = defaultdict(list)
-        for id in sorted(self._bytes, key=lambda id: (is_lone_byte(self._names[id]), id)):
-            found[self._bytes[id]].append(id)
-        found.pop(b"", None)
-        return found

@@ -19,6 +19,7 @@ from drafttrain.core.flops import BatchShape, Products, matrix
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.drafters import Drafter, drafters
+from drafttrain.drafters.causal_lm.across_tokenizers import EncodedText, SharedTokens
 from drafttrain.drafters.causal_lm.cut import cut_from
 from drafttrain.drafters.causal_lm.own_text import own_text
 from drafttrain.drafters.causal_lm.projected import projected
@@ -257,11 +258,7 @@ class CausalLMDrafter(Drafter):
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the chain proposer over this model."""
         if self.other is not None:
-            rows = int(self.model.get_output_embeddings().weight.shape[0])
-            drafts = ChainProposer(
-                self.model, target_vocab_size=rows, listener=listener, draft=self.draft, only=self.other.own_R
-            )
-            return RetokenizedProposer(drafts, self.other, vocab_size=target.vocab_size)
+            return self._in_own_tokens(self.other, target, listener)
         return ChainProposer(
             self.model,
             target_vocab_size=target.vocab_size,
@@ -269,6 +266,25 @@ class CausalLMDrafter(Drafter):
             listener=listener,
             draft=self.draft,
         )
+
+    def _in_own_tokens(self, other: OtherTokenizer, target: Target, listener: ForwardListener | None) -> Proposer:
+        rows = int(self.model.get_output_embeddings().weight.shape[0])
+        drafts = ChainProposer(
+            self.model,
+            target_vocab_size=rows,
+            num_tokens=num_ids(other.own),
+            listener=listener,
+            # The walk compares strings with the target's draw. A draw of the drafter's matches it less often than its likeliest token.
+            draft="greedy" if self.drafts_strings else self.draft,
+            only=None if self.drafts_strings else other.own_R,
+        )
+        shared = SharedTokens(other, vocab_size=target.vocab_size)
+        return RetokenizedProposer(drafts, other, EncodedText(other) if self.drafts_strings else shared)
+
+    def draft_strings(self) -> bool:
+        """Draft any own token, if it has its own tokenizer, and propose the target's tokens of the text."""
+        self.drafts_strings = self.other is not None
+        return self.drafts_strings
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder; with the tokenizer if it is the drafter's own."""

@@ -1,46 +1,44 @@
-"""Drafting with a language model that reads text in its own tokens: token-level intersection, lossless.
+"""Drafting with a language model that reads text in its own tokens, lossless.
 
-N = nodes of a tree, W = the drafter's vocabulary, V = the target's
+N = nodes of a tree
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict, fixed_chain
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
+from drafttrain.drafters.causal_lm.across_tokenizers import Translation
 from drafttrain.drafters.causal_lm.proposer import ChainProposer
 from drafttrain.target_model.other_tokenizer import OtherTokenizer, Reading
 from drafttrain.target_model.positions import UNLIMITED_POSITIONS
 
+if TYPE_CHECKING:
+    import torch
+
 
 class RetokenizedProposer:
-    """Drafts in the drafter's own tokens, of which only those can be drawn that the target has too.
-
-    The proposal holds the target's ids, and q is the drafter's distribution cut to the shared tokens and renormalised: exactly the
-    distribution that the tokens were drawn from. So verification on the target's ids is lossless, however the drafter reads the text.
+    """Drafts in the drafter's own tokens and proposes the target's: verification is the ordinary one, on the target's ids.
 
     After every round the whole text is encoded again by the drafter's tokenizer, which may join the newest characters to tokens before
     them. What is cached stays as far as the tokens agree. Where the text ends inside a character, whose other bytes the target has yet
     to write, the drafter cannot read its end and drafts nothing in this round.
 
     Args:
-        drafts: Drafts in the drafter's ids, and only shared tokens.
-        vocab_size: The target's: the width of the rows of q.
-
-    Source: Timor et al. 2025, arXiv 2502.05202, algorithm 4.
+        drafts: Drafts in the drafter's ids.
+        translation: Makes the target's tokens of them.
     """
 
     needs = TargetNeeds()
 
-    def __init__(self, drafts: ChainProposer, other: OtherTokenizer, *, vocab_size: int) -> None:
+    def __init__(self, drafts: ChainProposer, other: OtherTokenizer, translation: Translation) -> None:
         self._drafts = drafts
         self._other = other
-        self._vocab_size = vocab_size
+        self._translation = translation
         self._contexts: list[Context] = []
         self._readings: list[Reading] = []
         self._drafted: list[Proposal] = []
@@ -78,11 +76,15 @@ class RetokenizedProposer:
         def in_target_ids(step: DraftStep) -> bool | More:
             if step.token is None:
                 return more(step)
-            token = roots[step.sequence] if step.depth == 1 else self._other.target_of([step.token])[0]
+            token = roots[step.sequence] if step.depth == 1 else self._translation.token(step.token)
             return more(replace(step, token=token))
 
         self._drafted = self._drafts.propose(budgets, sampling, generators, in_target_ids)
-        return [self._translated(root, draft) for root, draft in zip(roots, self._drafted, strict=True)]
+        translated = zip(self._contexts, budgets, self._drafted, strict=True)
+        return [
+            self._translation.proposal(*one) if one[-1].num_draft_tokens else fixed_chain(one[0].tokens[-1], [])
+            for one in translated
+        ]
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
         """Read the committed text again."""
@@ -97,14 +99,3 @@ class RetokenizedProposer:
 
     def _read(self) -> None:
         self._readings = [self._other.read(context.tokens) for context in self._contexts]
-
-    def _translated(self, root: int, draft: Proposal) -> Proposal:
-        """Return a proposal in the target's ids."""
-        if not draft.num_draft_tokens:
-            return fixed_chain(root, [])
-        rows_RW = draft.q_rows_RV
-        return replace(
-            draft,
-            tokens_N=torch.tensor([root, *self._other.target_of(draft.tokens_N[1:].tolist())]),
-            q_rows_RV=None if rows_RW is None else self._other.over_target(rows_RW, size=self._vocab_size),
-        )
