@@ -80,9 +80,9 @@ def bare(events: list, models: dict) -> float:  # type: ignore[type-arg]
     began = time.perf_counter()
     for event in events:
         cache = caches[event.model]
-        if cache.get_seq_length() > event.context:
-            cache.crop(event.context - cache.get_seq_length())
-        tokens = torch.full((1, event.num_tokens), 5)
+        if cache.get_seq_length() > event.shape.context:
+            cache.crop(event.shape.context - cache.get_seq_length())
+        tokens = torch.full((1, event.shape.num_tokens), 5)
         model = models[event.model]
         (model.model if event.prefill else model)(input_ids=tokens, past_key_values=cache, use_cache=True)
     return time.perf_counter() - began

@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from drafttrain.config.load import load_recipe
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.batches import DraftBatch
+from drafttrain.core.peak import peak_of
 from drafttrain.core.provenance import commit, processor
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
@@ -44,7 +45,6 @@ from drafttrain.losses import losses
 from drafttrain.target_model import Target
 from drafttrain.target_model.device import pick_device
 from drafttrain.training.deepspeed_settings import DeepSpeedSettings
-from drafttrain.training.peak import peak_of
 from drafttrain.training.run import train
 from drafttrain.training.settings import TrainSettings
 

@@ -128,7 +128,7 @@ def mask(event: ForwardEvent, shape: str, dtype: torch.dtype) -> Tensor | None:
     """Return a mask of the size that a tree needs; None for a chain."""
     if event.prefill or shape.startswith("chain"):
         return None
-    return torch.zeros(1, 1, event.num_tokens, event.context + event.num_tokens, dtype=dtype)
+    return torch.zeros(1, 1, event.shape.num_tokens, event.shape.context + event.shape.num_tokens, dtype=dtype)
 
 
 @torch.no_grad()
@@ -136,9 +136,9 @@ def forwards(model: Any, calls: Sequence[tuple[ForwardEvent, Tensor | None]]) ->
     """Run the forward passes alone."""
     cache = DynamicCache()
     for event, mask_11NC in calls:
-        if cache.get_seq_length() > event.context:
-            cache.crop(event.context - cache.get_seq_length())
-        tokens_1N = torch.full((1, event.num_tokens), FILLER)
+        if cache.get_seq_length() > event.shape.context:
+            cache.crop(event.shape.context - cache.get_seq_length())
+        tokens_1N = torch.full((1, event.shape.num_tokens), FILLER)
         reads = model.model if event.prefill else model
         reads(input_ids=tokens_1N, attention_mask=mask_11NC, past_key_values=cache, use_cache=True)
 

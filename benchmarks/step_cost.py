@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from drafttrain.config.load import load_recipe
+from drafttrain.core.gpus import Gpu
 from drafttrain.core.provenance import commit
 from drafttrain.pipeline.plan import UTILIZATION, plan_of
-from drafttrain.training.gpus import Gpu
 
 OUT = Path(__file__).with_suffix(".md")
 RECIPES = (

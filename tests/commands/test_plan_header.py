@@ -12,8 +12,8 @@ from drafttrain.commands.plan_header import COMMENT, FIGURES, WIDTH, figures, wi
 from drafttrain.config.bundled import bundled_folder, bundled_recipes, find_recipe
 from drafttrain.config.load import load_recipe
 from drafttrain.config.recipe import Recipe
+from drafttrain.core.gpus import RESERVED_BYTES, Gpu
 from drafttrain.pipeline.plan import UTILIZATION, Plan, plan_of, sized_parts
-from drafttrain.training.gpus import RESERVED_BYTES, Gpu
 from drafttrain.training.step_cost import StepCost
 from tests.cli.test_cli import call
 

@@ -493,13 +493,13 @@ def test_first_blocks_run_once_per_node_and_every_forward_is_recorded(target):
     assert ledger.calls("target") == len(generation.rounds)
     assert ledger.calls("target's first blocks") == nodes
     assert ledger.calls("drafter") == nodes - len(generation.rounds)
-    assert sum(e.num_tokens for e in ledger.rounds("target")) == nodes
+    assert sum(e.shape.num_tokens for e in ledger.rounds("target")) == nodes
     assert ledger.bytes_read() == sum(e.bytes_read for e in ledger.events if not e.prefill)
     block = sum(p.numel() * 8 for p in blocks(target.model)[0].parameters())
     adapter = sum(p.numel() * 8 for p in drafter.parameters())
     head = target.model.get_output_embeddings().weight.numel() * 8
     first, own = ledger.rounds("target's first blocks")[0], ledger.rounds("drafter")[0]
-    cached = first.context + 1
+    cached = first.shape.context + 1
     assert first.bytes_read == EXIT * (block + cached * 2 * 16 * 8) + 32 * 8
     assert own.bytes_read == adapter + head + cached * 2 * 32 * 8
 

@@ -303,7 +303,7 @@ def test_one_call_per_round_reads_only_the_heads_it_uses(target: Target, trained
     (found,) = decode(target, trained.proposer(target, ledger.append), prompts=PROMPTS[1:2], policy=policy, new=20)
     drafting = sum(one.num_draft_tokens > 0 for one in found.rounds)
     assert ledger.calls("drafter") == drafting
-    full = [event for event in ledger.rounds("drafter") if event.num_layers == 2]
+    full = [event for event in ledger.rounds("drafter") if event.shape.num_layers == 2]
     assert {event.bytes_read for event in full} == {2 * 8 * (D * D + D + V * D)}
 
 

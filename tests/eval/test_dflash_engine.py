@@ -226,10 +226,10 @@ def test_every_pass_of_the_drafter_is_in_the_ledger(target):
     assert calls == {"fc": drafting, "norm": drafting}
     assert ledger.calls("drafter") == drafting
     cached = len(PROMPTS[2].tokens) - 1
-    assert (prefill.prefill, prefill.num_tokens, prefill.context) == (True, cached, 0)
-    assert (first.num_tokens, first.context, first.num_layers) == (4, cached, 2)
+    assert (prefill.prefill, prefill.shape.num_tokens, prefill.shape.context) == (True, cached, 0)
+    assert (first.shape.num_tokens, first.shape.context, first.shape.num_layers) == (4, cached, 2)
     accepted = generation.rounds[0].num_accepted
-    assert (second.num_tokens, second.context) == (4 + 1 + accepted, cached)
+    assert (second.shape.num_tokens, second.shape.context) == (4 + 1 + accepted, cached)
     size = lambda *modules: sum(8 * p.numel() for m in modules for p in m.parameters())  # noqa: E731
     column, row, head = 2 * 2 * 2 * 6 * 8, 32 * 8, 257 * 32 * 8
     block = size(drafter.layers, drafter.norm) + head + 2 * row

@@ -234,7 +234,11 @@ def test_every_forward_of_the_drafter_is_in_the_ledger(target):
     assert calls["fc"] == 1 + sum(1 for count in drafted if count)
     prefill, first, second = [event for event in ledger.events if event.model == "drafter"][:3]
     assert prefill.prefill
-    assert (prefill.num_tokens, first.num_tokens, second.num_tokens) == (len(PROMPTS[2].tokens) - 2, 1, 1)
+    assert (prefill.shape.num_tokens, first.shape.num_tokens, second.shape.num_tokens) == (
+        len(PROMPTS[2].tokens) - 2,
+        1,
+        1,
+    )
     size = lambda *modules: sum(8 * p.numel() for m in modules for p in m.parameters())  # noqa: E731
     slot, row = 2 * 16 * 8, 32 * 8
     layer, head, fusion = size(drafter.midlayer), size(drafter.norm, drafter.lm_head), size(drafter.fc)

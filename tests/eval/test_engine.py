@@ -228,9 +228,9 @@ def test_every_forward_is_in_the_ledger(target):
     (generation,) = decode(target, proposer, prompts=PROMPTS[1:2], temperature=1.0, listener=ledger.append)
     for handle in handles:
         handle.remove()
-    found = [(event.model, event.num_tokens) for event in ledger.events]
+    found = [(event.model, event.shape.num_tokens) for event in ledger.events]
     # Prompts are read by the trunk without the head, so the hooks do not count them.
-    assert [(e.model, e.num_tokens) for e in ledger.rounds()] == seen
+    assert [(e.model, e.shape.num_tokens) for e in ledger.rounds()] == seen
     assert found[:2] == [("target", len(PROMPTS[1].tokens) - 1), ("drafter", len(PROMPTS[1].tokens) - 1)]
     assert ledger.calls("target") == len(generation.rounds)
     assert sum(one.num_emitted for one in generation.rounds) == len(generation.tokens)

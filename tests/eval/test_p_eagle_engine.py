@@ -191,10 +191,10 @@ def test_every_pass_of_the_drafter_is_in_the_ledger(target):
     assert ledger.calls("drafter") == drafting
     cached = len(PROMPTS[2].tokens) - 2
     masks = generation.rounds[0].num_draft_tokens - 1
-    assert (prefill.prefill, prefill.num_tokens, prefill.context) == (True, cached, 0)
-    assert (first.num_tokens, first.context, first.num_layers) == (1 + masks, cached, 2)
+    assert (prefill.prefill, prefill.shape.num_tokens, prefill.shape.context) == (True, cached, 0)
+    assert (first.shape.num_tokens, first.shape.context, first.shape.num_layers) == (1 + masks, cached, 2)
     accepted = generation.rounds[0].num_accepted
-    assert (second.num_tokens, second.context) == (accepted + 1 + masks, cached + 1)
+    assert (second.shape.num_tokens, second.shape.context) == (accepted + 1 + masks, cached + 1)
     size = lambda *modules: sum(8 * p.numel() for m in modules for p in m.parameters())  # noqa: E731
     column, row = 2 * 2 * 2 * 8 * 8, 32 * 8
     layers, head = size(drafter.fc, drafter.midlayer, drafter.layers), size(drafter.norm, drafter.lm_head)

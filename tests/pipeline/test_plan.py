@@ -21,6 +21,7 @@ from drafttrain.config.load import load_recipe
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.errors import CheckpointError, RecipeError
+from drafttrain.core.gpus import MEMORY_AND_BANDWIDTH, Gpu
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
@@ -29,7 +30,6 @@ from drafttrain.losses import losses
 from drafttrain.losses.step import batch_loss, with_plan
 from drafttrain.pipeline.plan import Plan, plan_of
 from drafttrain.target_model import Target
-from drafttrain.training.gpus import MEMORY_AND_BANDWIDTH, Gpu
 from drafttrain.training.optimizer import build_optimizer
 from tests.cli.test_cli import call
 

@@ -104,8 +104,8 @@ def test_the_bytes_of_two_parts_are_those_of_one_call():
     lm.forward([[20]], resume=one_by_one(lm, [[20]]))
     prefill, first, rest = events
     assert [e.model for e in events] == ["target", "target's first blocks", "target"]
-    assert [e.num_layers for e in events] == [3, 2, 1]
-    assert [e.context for e in events] == [0, 5, 5]
+    assert [e.shape.num_layers for e in events] == [3, 2, 1]
+    assert [e.shape.context for e in events] == [0, 5, 5]
     embedding_row = 32 * 8
     assert first.bytes_read + rest.bytes_read == rest.plain_bytes + embedding_row
     block = sum(p.numel() * 8 for p in blocks(model)[0].parameters())

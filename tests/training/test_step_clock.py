@@ -13,10 +13,10 @@ import torch
 
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import RecipeError
+from drafttrain.core.peak import PEAK_TFLOPS, peak_of, peak_tflops
 from drafttrain.training import step_clock
 from drafttrain.training.checkpoints import Checkpoints
 from drafttrain.training.metrics_log import COLUMNS, TIMES
-from drafttrain.training.peak import PEAK_TFLOPS, peak_of, peak_tflops
 from drafttrain.training.settings import TrainSettings
 from drafttrain.training.step_clock import PENDING, PHASES, StepClock
 from tests.drafters.eagle_models import eagle_drafter

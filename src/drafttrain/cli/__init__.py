@@ -6,6 +6,7 @@ Commands import their work inside the function: `drafttrain --help` and a wrong 
 import sys
 
 from drafttrain.cli import (
+    advise,
     chat,
     check_server,
     data,
@@ -24,7 +25,7 @@ from drafttrain.cli.app import app
 
 __all__ = ["app", "main"]
 
-for group in (stages, sweep, plan, evaluate, chat, formats, check_server, record):
+for group in (stages, sweep, plan, evaluate, advise, chat, formats, check_server, record):
     group.add_to(app)
 app.add_typer(data.app, name="data")
 app.add_typer(online.app, name="online")

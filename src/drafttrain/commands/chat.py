@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from drafttrain.checkpoint import read_about, read_drafter
-from drafttrain.commands.named_drafters import folders_of
+from drafttrain.commands.named_drafters import folders_of, length_of
 from drafttrain.config.load import load_sections
 from drafttrain.core.console import complain, say, table
 from drafttrain.core.errors import CheckpointError, DrafttrainError
@@ -113,20 +111,14 @@ def _with_fastest(opened: Opened, folder: Path) -> tuple[Opened, str]:
     if known is None:
         return opened, ""
     if known.times_hold_for(opened.target):
-        length, why = _policy(known.fastest), "the fastest of its evaluation"
+        length, why = length_of(known.fastest), "the fastest of its evaluation"
     else:
         prompt = read_prompts(QUESTIONS, opened.target.tokenizer, prompt_tokens=None)[0]
-        lengths = [(_policy(one), value) for one, value in known.block_efficiencies]
+        lengths = [(length_of(one), value) for one, value in known.block_efficiencies]
         best = fastest_length(lengths, opened.drafter, opened.target, prompt, settings)
         length = best.length
         why = f"the fastest here, by its evaluation {best.predicted_speedup:.2f} times as fast as plain decoding"
     return replace(opened, settings=replace(settings, length=length)), f", {why}"
-
-
-def _policy(length: Mapping[str, Any]) -> Any:
-    """Return the settings of a length policy of an evaluation."""
-    (settings,) = load_sections(["eval"], [f"eval.length={json.dumps(length)}"])
-    return settings.length
 
 
 def answer(opened: Opened, questions: Sequence[str], *, system: str | None, marks: bool) -> None:

@@ -9,9 +9,9 @@ from drafttrain.commands.plan_header import write_figures
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say, table
 from drafttrain.core.errors import DrafttrainError, RecipeError
+from drafttrain.core.gpus import MEMORY_AND_BANDWIDTH, RESERVED_BYTES, gpu_named
 from drafttrain.pipeline.plan import COUNTED, EXACT, Plan, memory_of_parts, plan_of, size_in_gb
 from drafttrain.pipeline.run import quiet_libraries
-from drafttrain.training.gpus import MEMORY_AND_BANDWIDTH, RESERVED_BYTES, gpu_named
 
 FORMULA = "formula"
 CPU = "cpu"

@@ -12,6 +12,7 @@ from drafttrain.data_gen.annotate import annotators
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.states import states
 from drafttrain.drafters import drafters
+from drafttrain.eval.pipelined import PIPELINED
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.export import exporters
 from drafttrain.export.settings import ExportSettings
@@ -95,6 +96,13 @@ class Recipe:
                 "eval.across_tokenizers: strings: the drafter has the target's tokenizer: set tokens, or drafter.tokenizer"
             )
         problems += self._confidence()
+        if self.eval.schedule == PIPELINED and self.drafter is not None:
+            own = self.drafter.kind == "causal_lm" and self.drafter.tokenizer is None
+            if not own:
+                problems.append(
+                    f"eval.schedule: pipelined needs a drafter.kind causal_lm that reads the target's tokens, got {self.drafter.kind}"
+                    f"{' with a tokenizer of its own' if self.drafter.kind == 'causal_lm' else ''}: use serial"
+                )
         problems += self._numbered_devices()
         if "gain_over_start" in self.export.require and not self.eval.start:
             problems.append("export.require.gain_over_start: the start is not evaluated with eval.start: false")

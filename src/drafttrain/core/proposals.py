@@ -119,6 +119,14 @@ class Proposal:
     """By node, the row of q_rows_RV from which its CHILDREN were drawn; -1: no sampled children."""
     draw: DrawMode = DrawMode.IID
     resume: LayerState | None = None
+    unread_leaf: bool = False
+    """The last node was drafted while the target's call ran, so the call does not read it. It is verified by the row of its parent;
+    where it is accepted, the round ends without a token of the target's own."""
+
+    @property
+    def num_read(self) -> int:
+        """Nodes that the target's call reads."""
+        return len(self.tokens_N) - self.unread_leaf
 
     @property
     def num_draft_tokens(self) -> int:
@@ -130,6 +138,7 @@ class Proposal:
         if count == self.num_draft_tokens:
             return self
         assert self.resume is None, "its states would have to be cut too"
+        assert not self.unread_leaf, "the leaf would be another one"
         kind = NodeKind.FIXED if self.q_rows_RV is None or count == 0 else NodeKind.SAMPLED
         rows_RV = None if self.q_rows_RV is None else self.q_rows_RV[:count]
         return chain(self.tokens_N[: count + 1].tolist(), kind=kind, q_rows_RV=rows_RV)
@@ -188,7 +197,7 @@ class Verdict:
     path: Sequence[int]
     """Accepted nodes from the root (always 0) down."""
     tokens: Sequence[int]
-    """Emitted tokens: the accepted draft tokens, then the target's own (absent if cut by EOS or length)."""
+    """Emitted tokens: the accepted draft tokens, then the target's own (absent if cut by EOS, or after an unread leaf)."""
     num_draft_tokens: int
     max_depth: int
     """Depth of the deepest node that was drafted."""

@@ -76,6 +76,19 @@ class DraftsWithOwnCache(Protocol):
         ...
 
 
+@runtime_checkable
+class DraftsAhead(DraftsWithOwnCache, Proposer, Protocol):
+    """A proposer that needs nothing of the target, so it can draft after text that is not committed yet."""
+
+    def continue_from(self, texts: Sequence[Sequence[int]], drafted: Sequence[Proposal]) -> None:
+        """Continue from these texts instead of observing verdicts.
+
+        Args:
+            drafted: The proposals of the last round.
+        """
+        ...
+
+
 class AcceptanceRule(Protocol):
     """Decides which draft tokens are accepted. A pure function; it may own frozen head weights, but no language model."""
 
@@ -92,8 +105,8 @@ class AcceptanceRule(Protocol):
         target_probs: TargetProbs,
         node_hidden_ND: Tensor | None,
         generator: torch.Generator,
-    ) -> tuple[list[int], int]:
-        """Return (accepted path from the root, the token after it)."""
+    ) -> tuple[list[int], int | None]:
+        """Return (accepted path from the root, the token after it); no token after an unread leaf."""
         ...
 
 

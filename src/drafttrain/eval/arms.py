@@ -13,11 +13,13 @@ from drafttrain.core.roles import CostAware
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.acceptance import acceptance_rules
+from drafttrain.eval.decoding_memory import DecodingMemory, FitsMemory
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.generate import generate as transformers_generate
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.parity import parity
+from drafttrain.eval.pipelined import scheduled
 from drafttrain.eval.proposers import TrainingFree
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.eval.unfinished import DecodedByArm, DecodedGroup, Event, Unfinished
@@ -55,18 +57,30 @@ class Arm:
         settings: EvalSettings,
         *,
         length: Any,
+        stop_tokens: Sequence[int] | None = None,
     ) -> Arm:
-        """Return an arm that has not decoded yet."""
-        ledger = Ledger()
+        """Return an arm that has not decoded yet.
+
+        Args:
+            stop_tokens: Tokens that end a text; None: the target's own.
+        """
+        ledger, policy = Ledger(), length_policies.build(length)
+        if isinstance(policy, FitsMemory):
+            drafter = source if isinstance(source, Drafter) else None
+            policy.fit(DecodingMemory.of(target, drafter, sampling, ledger.events))
+        proposer = source.proposer(target, ledger.append)
+        if isinstance(source, Drafter):
+            proposer = scheduled(settings.schedule, proposer, max_new_tokens=settings.max_new_tokens)
         engine = Engine(
             target,
-            source.proposer(target, ledger.append),
+            proposer,
             rule=acceptance_rules.build(settings.rule),
-            policy=length_policies.build(length),
+            policy=policy,
             sampling=sampling,
             max_new_tokens=settings.max_new_tokens,
             seed=settings.seed,
             listener=ledger.append,
+            stop_tokens=stop_tokens,
         )
         return cls(name, engine, ledger, length, target, source)
 

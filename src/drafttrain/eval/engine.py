@@ -145,20 +145,25 @@ class Engine:
                 counts = self.policy.schedule(len(live))
                 proposals = [one.first(count) for one, count in zip(proposals, counts, strict=True)]
         with self._clock.phase("verify_seconds", live):
-            nodes = [proposal.tokens_N.tolist() for proposal in proposals]
-            trees = [proposal.parents_N.tolist() for proposal in proposals]
+            nodes = [proposal.tokens_N[: proposal.num_read].tolist() for proposal in proposals]
+            trees = [proposal.parents_N[: proposal.num_read].tolist() for proposal in proposals]
             states = [proposal.resume for proposal in proposals]
             seen = self._lm.forward(nodes, parents=trees, needs=self._needs, resume=states)
             verdicts = [
                 self._verdict(sequence, proposal, output)
                 for sequence, proposal, output in zip(live, proposals, seen, strict=True)
             ]
-            self._lm.keep([verdict.path for verdict in verdicts])
+            # An accepted leaf that the call did not read is the next round's root.
+            read = [
+                [node for node in verdict.path if node < proposal.num_read]
+                for verdict, proposal in zip(verdicts, proposals, strict=True)
+            ]
+            self._lm.keep(read)
             for sequence, verdict in zip(live, verdicts, strict=True):
                 _commit(sequence, verdict)
                 self.policy.observe(verdict)
         with self._clock.phase("draft_seconds", live):
-            self.proposer.observe(verdicts, [_at(output, v.path) for output, v in zip(seen, verdicts, strict=True)])
+            self.proposer.observe(verdicts, [_at(output, path) for output, path in zip(seen, read, strict=True)])
 
     def _budget(self, sequence: _Sequence) -> Budget:
         """Return the budget of a round; the target's own token needs one of the remaining tokens."""
@@ -172,7 +177,7 @@ class Engine:
             proposal, target_probs, _state_for_rule(self.rule.needs, output), sequence.verdict_stream
         )
         drafted = proposal.tokens_N.tolist()
-        tokens = [*(drafted[node] for node in path[1:]), token]
+        tokens = [*(drafted[node] for node in path[1:]), *([] if token is None else [token])]
         reason = "leaf" if path[-1] not in proposal.parents_N.tolist() else "reject"
         end = next((place for place, emitted in enumerate(tokens) if emitted in self._stop_tokens), None)
         if end is not None:

@@ -67,7 +67,7 @@ def known_lengths(folder: Path, *, temperature: float) -> KnownLengths | None:
         None: there is no evaluation.
     """
     for path in (folder / "eval.json", folder.parent / "eval.json"):
-        if (result := current_result(path)) is not None and (arms := _arms(result, temperature)):
+        if (result := current_result(path)) is not None and (arms := evaluated_lengths(result, temperature)):
             evaluated = [(figures.length, figures.block_efficiency.value) for figures in arms]
             chains = {int(count): found.value for count, found in arms[0].replay.items() if int(count) in REPLAYED}
             replayed = [
@@ -136,8 +136,11 @@ def _round_seconds(arms: Sequence[Arm], prompt: Prompt) -> list[float]:
     return [min(times) for times in found]
 
 
-def _arms(result: Result, temperature: float) -> list[DrafterFigures]:
-    """Return the lossless figures of the judged drafter at each draft length."""
+def evaluated_lengths(result: Result, temperature: float) -> list[DrafterFigures]:
+    """Return the lossless figures of the judged drafter at each draft length, at the nearest temperature that was evaluated.
+
+    Policies that read a head are left out: its folder may be elsewhere.
+    """
     part = min(result.temperatures, key=lambda one: abs(one.temperature - temperature))
     judged = next(iter(result.drafters))
     return [

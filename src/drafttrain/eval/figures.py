@@ -12,9 +12,11 @@ from drafttrain.core.vocabulary import share_of_tokens
 from drafttrain.data_gen.checkers import checkers
 from drafttrain.drafters import Drafter
 from drafttrain.eval.arms import Arm, Baseline, tokens_per_second, writes_same_text
+from drafttrain.eval.clock import measured, pipelined_seconds
 from drafttrain.eval.interval import Interval
 from drafttrain.eval.metrics import PromptCounts, Totals, counts_of, histogram, mbsu, totals_of
 from drafttrain.eval.parity import parity
+from drafttrain.eval.pipelined import PIPELINED
 from drafttrain.eval.proposers import TrainingFree
 from drafttrain.eval.quality import TaskScore, agreement, solved, task_score
 from drafttrain.eval.replay import Text, expected_rounds, mean_bound, replay_rows
@@ -90,6 +92,7 @@ def drafter_figures(
         agreement=agreement(plain.generations, arm.generations) if greedy and lossy else None,
         parity=parity(plain.generations, arm.generations, arm.target) if greedy and not lossy else None,
         round=_round_times(arm),
+        two_devices=_two_devices(arm, plain) if settings.schedule == PIPELINED else None,
     )
 
 
@@ -121,6 +124,13 @@ def _round_times(arm: Arm) -> RoundTimes:
     return RoundTimes(
         target * per_round, others * per_round, (drafting - others) * per_round, (verifying - target) * per_round
     )
+
+
+def _two_devices(arm: Arm, plain: Arm) -> float:
+    """Return the time of plain decoding's forwards per token over that of this arm's, whose two models run at the same time."""
+    own, alone = (sum(len(g.tokens) for g in one.generations) for one in (arm, plain))
+    seconds = sum(pipelined_seconds(arm.ledger.by_round(), measured))
+    return sum(event.seconds for event in plain.ledger.rounds()) / alone / (seconds / own)
 
 
 def _vllm_figures(whole: Totals) -> VllmFigures:

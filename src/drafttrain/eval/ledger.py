@@ -32,3 +32,12 @@ class Ledger:
     def plain_bytes(self) -> int:
         """Return the bytes that plain calls would have read, one for each target call."""
         return sum(event.plain_bytes for event in self.rounds("target"))
+
+    def by_round(self) -> list[list[ForwardEvent]]:
+        """Return the forwards of each round: a call of the target ends it."""
+        found: list[list[ForwardEvent]] = [[]]
+        for event in self.rounds():
+            found[-1].append(event)
+            if event.model == "target":
+                found.append([])
+        return found[:-1]

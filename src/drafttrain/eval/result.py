@@ -178,6 +178,8 @@ class DrafterFigures:
     agreement: Agreement | None = None
     parity: Parity | None = None
     round: RoundTimes | None = None
+    two_devices: float | None = None
+    """Forwards of plain decoding over those of this drafter, if the drafter had a device of its own; None: the schedule is serial."""
 
     @property
     def lossy(self) -> bool:

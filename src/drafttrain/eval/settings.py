@@ -10,9 +10,13 @@ from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.length.fixed import FixedLengthSettings
+from drafttrain.eval.pipelined import PIPELINED, SERIAL
 from drafttrain.eval.prompts import Prompts
 from drafttrain.eval.proposers import TrainingFree, proposers
 from drafttrain.eval.proposers.none import PLAIN
+
+NOT_PIPELINED = ("tree", "batch_schedule")
+"""Length policies that draft trees, or decide after the drafts of all sequences."""
 
 
 @dataclass
@@ -61,6 +65,11 @@ class EvalSettings:
         help="Decides whether an output solves its prompt, by kind; prompts then need an `answer`. null: no task score.",
         registry=checkers,
     )
+    schedule: Literal["serial", "pipelined"] = setting(
+        SERIAL,
+        help="serial; or pipelined: the drafter drafts the next chain while the target verifies the last one, as on two devices. Here "
+        "the same decisions are made one after the other, so measured times are no gain.",
+    )
     batch_size: int = setting(1, help="Prompts decoded together.", ge=1)
     replay_lengths: list[int] = setting(
         [1, 2, 3, 4, 5, 6, 8], help="Draft lengths for which replay computes the block efficiency.", ge=1
@@ -90,6 +99,12 @@ class EvalSettings:
             problems.append(f"also: {label} occurs twice (eval.length counts)")
         beside = [TrainingFree(one).label for one in self.beside]
         problems += [f"beside: {one} occurs twice" for one in dict.fromkeys(beside) if beside.count(one) > 1]
+        if self.schedule == PIPELINED:
+            refused = [label for label in labels if label.split()[0] in NOT_PIPELINED]
+            problems += [f"schedule: pipelined drafts a chain for each sequence alone, not {one}" for one in refused]
+            problems += [
+                f"schedule: pipelined drafts with a model of its own: leave out beside: {one}" for one in beside
+            ]
         if PLAIN.label in beside:
             problems.append(f"beside: {PLAIN.label} is plain decoding, which every evaluation has")
         return problems

@@ -19,7 +19,7 @@ from drafttrain.core.device_time import Span
 from drafttrain.core.digests import files_digest
 from drafttrain.core.files import write_json
 from drafttrain.core.foreign import read_json
-from drafttrain.core.generations import ForwardEvent, Generation
+from drafttrain.core.generations import ForwardEvent, ForwardShape, Generation, Work
 from drafttrain.core.provenance import provenance
 from drafttrain.core.texts import Prompt
 from drafttrain.eval.settings import EvalSettings
@@ -34,11 +34,8 @@ class Event:
     """A `ForwardEvent` with its time as a number."""
 
     model: str
-    num_tokens: int
-    context: int
-    num_sequences: int
-    num_layers: int
-    bytes_read: int
+    shape: ForwardShape
+    work: Work
     seconds: float
     prefill: bool
     plain_bytes: int

@@ -51,8 +51,10 @@ def walk(
     *,
     credit: Callable[[float], float] | None = None,
     overrule: Callable[[int], bool] | None = None,
-) -> tuple[list[int], int]:
+) -> tuple[list[int], int | None]:
     """Return (accepted path from the root, the token after it); both have exactly the target's distribution.
+
+    After an unread leaf there is no row of the target, and no token: it is the next round's to draft or to draw.
 
     Siblings are tested in the order in which they were drawn. A child drawn from q is accepted with probability
     p(x) / q(x); after a rejection the next sibling is tested against the residual p <- norm(max(p - q, 0)). FIXED is the
@@ -74,6 +76,8 @@ def walk(
     probs = TokenProbs(proposal, target_probs)
     path = [0]
     while True:
+        if path[-1] == proposal.num_read:
+            return path, None
         group = children[path[-1]]
         if credit is None and all(kinds[child] == FIXED for child in group):
             only = target_probs.only_token(path[-1])

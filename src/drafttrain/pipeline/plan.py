@@ -14,11 +14,11 @@ from typing import Any, cast
 from drafttrain.config.made_by import MADE_BY
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.errors import RecipeError
+from drafttrain.core.gpus import MEMORY_AND_BANDWIDTH, RESERVED_BYTES, Gpu
 from drafttrain.data_gen.stored.wanted import Wanted
 from drafttrain.drafters import drafters
 from drafttrain.losses import losses
 from drafttrain.target_model.sized_target import SizedTarget
-from drafttrain.training.gpus import MEMORY_AND_BANDWIDTH, RESERVED_BYTES, Gpu
 from drafttrain.training.precision import SLOWER_THAN_BFLOAT16, SLOWER_THAN_TF32
 from drafttrain.training.settings import TrainSettings
 from drafttrain.training.step_cost import StepCost, Trained, step_cost

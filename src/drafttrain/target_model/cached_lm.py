@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,16 +17,16 @@ from torch.nn.functional import pad
 
 from drafttrain.core.device_time import Span
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.generations import ForwardEvent
+from drafttrain.core.generations import ForwardEvent, ForwardShape
 from drafttrain.core.proposals import LayerState
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.target_model.anatomy import taps, trunk
 from drafttrain.target_model.block_range import block_range
 from drafttrain.target_model.grouped_attention import GroupedAttention
+from drafttrain.target_model.model_weights import ModelWeights
 from drafttrain.target_model.positions import position_limit
 from drafttrain.target_model.ragged_cache import RaggedCache, Tree, is_chain
-from drafttrain.target_model.weight_bytes import WeightBytes
 
 FULL_ATTENTION = ("full_attention", "attention")
 SLIDING_ATTENTION = ("sliding_attention", "chunked_attention", "local_attention")
@@ -56,7 +57,7 @@ class CachedLM:
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._attention = GroupedAttention(model)
         self._position_limit = position_limit(model)
-        self._weights = WeightBytes(model)
+        self._weights = ModelWeights(model)
         self._num_layers = int(self._config.num_hidden_layers)
         self.split: int | None = None
         self.cache = RaggedCache(0)
@@ -269,15 +270,13 @@ class CachedLM:
             nullcontext() if whole else block_range(self.model, running, entering_BND=_stacked(entering, width)),
         ):
             output = (self.model if needs.logits else self._trunk)(**arguments)
-        context = sum(length for length, size in zip(caches[0].lengths, sizes, strict=True) if size)
+        lengths = caches[0].lengths
         for cache in caches:
             cache.appended(sizes, width=width)
         if self.listener is not None:
-            self.listener(
-                self._event(
-                    sizes, context=context, running=running, head=needs.logits, prefill=prefill, span=span.end()
-                )
-            )
+            head_rows = sum(sizes) if needs.logits else 0
+            shape = ForwardShape.of(sizes, lengths, num_layers=len(running), head_rows=head_rows)
+            self.listener(self._event(shape, running=running, prefill=prefill, span=span.end()))
         return output, dict(seen)
 
     def _is_same_in_two_parts(self) -> bool:
@@ -328,27 +327,20 @@ class CachedLM:
         if why := self.why_one_at_a_time(columns):
             raise CheckpointError(f"{self.name}: {why}: decode one sequence at a time, in chains")
 
-    def _event(
-        self, sizes: Sequence[int], *, context: int, running: range, head: bool, prefill: bool, span: Span
-    ) -> ForwardEvent:
-        num_tokens, num_sequences = sum(sizes), sum(size > 0 for size in sizes)
+    def _event(self, shape: ForwardShape, *, running: range, prefill: bool, span: Span) -> ForwardEvent:
+        cached, of_all = (
+            sum(cache.bytes_per_token() for cache in some) for some in (self._caches_of(running), self._caches())
+        )
+        one = shape.num_sequences
+        plain = replace(shape, num_tokens=one, pairs=shape.context + one, head_rows=one)
         return ForwardEvent(
             model=self.name if running.stop == self._num_layers else f"{self.name}'s first blocks",
-            num_tokens=num_tokens,
-            context=context,
-            num_sequences=num_sequences,
-            num_layers=len(running),
-            bytes_read=self._bytes_read(num_tokens, context, running=running, head=head),
+            shape=shape,
+            work=self._weights.work(shape, cache_bytes=cached, blocks=running),
             span=span,
             prefill=prefill,
-            plain_bytes=self._bytes_read(num_sequences, context, running=range(self._num_layers), head=True),
+            plain_bytes=self._weights.work(plain, cache_bytes=of_all).bytes_read,
         )
-
-    def _bytes_read(self, num_tokens: int, context: int, *, running: range, head: bool) -> int:
-        blocks = None if len(running) == self._num_layers else running
-        weights = self._weights.read(num_tokens, head=head, blocks=blocks)
-        state = sum(cache.bytes_per_token() for cache in self._caches_of(running))
-        return weights + state * (context + num_tokens)
 
 
 def _stacked(rows: Sequence[Tensor] | None, width: int) -> Tensor | None:

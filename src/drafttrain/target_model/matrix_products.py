@@ -17,9 +17,9 @@ def trunk_products(
     Every block is counted as attending to all earlier tokens. Of experts, only those that a token is routed to count.
     """
     config = model.config.get_text_config()
-    width = _query_width(config)
+    width = query_width(config)
     for block in blocks(model)[:num_blocks]:
-        yield matrix(parameters_of(block, active=_active_experts(config)), shape.positions, gradients=gradients)
+        yield matrix(parameters_of(block, active=active_experts(config)), shape.positions, gradients=gradients)
         yield attention(width, shape.pairs, gradients=gradients)
 
 
@@ -28,12 +28,13 @@ def head_parameters(model: Any) -> int:
     return parameters_of(model.get_output_embeddings())
 
 
-def _query_width(config: Any) -> int:
+def query_width(config: Any) -> int:
+    """Return the width of all query heads of a layer."""
     heads = int(config.num_attention_heads)
     return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
-def _active_experts(config: Any) -> float:
+def active_experts(config: Any) -> float:
     """Return the share of a block's experts to which one token is routed."""
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((int(count) for name in names if (count := getattr(config, name, None))), 0)

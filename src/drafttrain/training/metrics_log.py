@@ -14,10 +14,10 @@ from lightning.pytorch import LightningModule, Trainer
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import only_full, written_beside
+from drafttrain.core.peak import peak_of
 from drafttrain.distributed.collectives import sums_over_processes
 from drafttrain.distributed.world import world
 from drafttrain.training.callbacks import StepEnd
-from drafttrain.training.peak import peak_of
 from drafttrain.training.settings import TrainSettings
 from drafttrain.training.step_clock import PHASES
 from drafttrain.training.step_module import StepModule

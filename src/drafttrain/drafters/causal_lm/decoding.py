@@ -6,6 +6,7 @@ B = sequences, N = new tokens of one call (the longest sequence's), C = columns 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,15 +14,15 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, rms_norm
 
 from drafttrain.core.device_time import Span
-from drafttrain.core.generations import ForwardEvent
+from drafttrain.core.generations import ForwardEvent, ForwardShape
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.drafters.decoding_layer import DecodingAttention, DecodingSwiGLU, Turn, TurnTable, attend
 from drafttrain.drafters.few_rows import product_with
 from drafttrain.drafters.keys_and_values import KeysAndValues
 from drafttrain.target_model.cached_lm import CachedLM
+from drafttrain.target_model.model_weights import ModelWeights
 from drafttrain.target_model.ragged_cache import Tree, ancestors, depths
-from drafttrain.target_model.weight_bytes import WeightBytes
 
 PLAIN_MODELS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 FIXED_ANGLES = ("default", "linear", "yarn", "llama3")
@@ -82,7 +83,7 @@ class DecodingLM:
         self._norm = _norm(trunk.norm)
         self._head = product_with([model.lm_head])
         self._turns = TurnTable(lambda positions_BN, like: trunk.rotary_emb(like, positions_BN))
-        self._weights = WeightBytes(model)
+        self._weights = ModelWeights(model)
 
     def why_one_at_a_time(self, longest: int) -> str | None:
         """Return None: sequences of any length can be batched."""
@@ -118,12 +119,14 @@ class DecodingLM:
         if not any(sizes):
             return [TargetOutput() for _ in tokens]
         span = Span(self.device)
-        context = sum(length for length, size in zip(self.lengths, sizes, strict=True) if size)
+        lengths = self.lengths
         final_BND = self._states(tokens, parents, width=max(sizes), wanted=needs.logits or needs.final)
         logits_BNV = self._head(final_BND) if needs.logits else None
         self.lengths = [length + size for length, size in zip(self.lengths, sizes, strict=True)]
         if self._listener is not None:
-            self._listener(self._event(sizes, context, head=needs.logits, prefill=prefill, span=span.end()))
+            head_rows = sum(sizes) if needs.logits else 0
+            shape = ForwardShape.of(sizes, lengths, num_layers=len(self._layers), head_rows=head_rows)
+            self._listener(self._event(shape, prefill=prefill, span=span.end()))
         return [
             TargetOutput(
                 logits_BTV=None if logits_BNV is None else logits_BNV[row : row + 1, :size],
@@ -191,19 +194,17 @@ class DecodingLM:
             allowed_BNC[row, :size, start : start + size] = ancestors(tree)
         return allowed_BNC
 
-    def _event(self, sizes: Sequence[int], context: int, *, head: bool, prefill: bool, span: Span) -> ForwardEvent:
-        num_tokens, num_sequences = sum(sizes), sum(size > 0 for size in sizes)
-        column = sum(layer.columns.bytes_per_column() for layer in self._layers)
+    def _event(self, shape: ForwardShape, *, prefill: bool, span: Span) -> ForwardEvent:
+        cached = sum(layer.columns.bytes_per_column() for layer in self._layers)
+        one = shape.num_sequences
+        plain = replace(shape, num_tokens=one, pairs=shape.context + one, head_rows=one)
         return ForwardEvent(
             model=self.name,
-            num_tokens=num_tokens,
-            context=context,
-            num_sequences=num_sequences,
-            num_layers=len(self._layers),
-            bytes_read=self._weights.read(num_tokens, head=head) + column * (context + num_tokens),
+            shape=shape,
+            work=self._weights.work(shape, cache_bytes=cached),
             span=span,
             prefill=prefill,
-            plain_bytes=self._weights.read(num_sequences, head=True) + column * (context + num_sequences),
+            plain_bytes=self._weights.work(plain, cache_bytes=cached).bytes_read,
         )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
-from drafttrain.core.weights import weight_bytes
+from drafttrain.core.weights import Weights, weights_of
 from drafttrain.drafters.dflash.config import taps_in
 from drafttrain.drafters.dflash.layer import Attend, BlockLayer, Turn
 from drafttrain.drafters.eagle.layer import Norm, Rotary, compute_dtype
@@ -122,7 +122,8 @@ class Backbone(nn.Module):
             ):
                 part.__dict__[name] = compiled(getattr(part, name))
 
-    def layer_bytes(self) -> tuple[int, int]:
-        """Return the bytes of (the weights that the context passes through, those that a block does)."""
+    def layer_weights(self) -> tuple[Weights, Weights]:
+        """Return (the weights that the context passes through, those that a block does)."""
         keys = [each for layer in self.each_layer for each in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
-        return weight_bytes(self.fc, self.hidden_norm, *keys), weight_bytes(self.layers, self.norm)
+        width = sum(layer.self_attn.q_proj.out_features for layer in self.each_layer)
+        return weights_of(self.fc, self.hidden_norm, *keys), weights_of(self.layers, self.norm, attention_width=width)

@@ -23,6 +23,7 @@ from drafttrain.core.few_sizes import is_compiled_by_size
 from drafttrain.core.flops import BatchShape, Products, attention, matrix, parameters_of
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.target_rows import RowChoice, RowsAsked
+from drafttrain.core.weights import Weights
 from drafttrain.drafters import Drafter
 from drafttrain.drafters.dflash.attention import attend_blocks, later_slots
 from drafttrain.drafters.dflash.backbone import Backbone
@@ -221,9 +222,9 @@ class BlockDrafter(Backbone, WithHead, Drafter):
             listener=listener,
         )
 
-    def weight_bytes(self) -> tuple[int, int, int, int]:
-        """Return the bytes of (weights of the context, of a block, of the head, one embedding row)."""
-        return *self.layer_bytes(), self.head_bytes, self._parts.embedding_row_bytes
+    def decoding_weights(self) -> tuple[Weights, Weights, Weights, int]:
+        """Return the weights of (the context, a block, the head), and the bytes of one embedding row."""
+        return *self.layer_weights(), self.head_weights, self._parts.embedding_row_bytes
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors, whose names engines load."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from drafttrain.core.batches import Head
 from drafttrain.core.linear_head import LinearHead
-from drafttrain.core.weights import weight_bytes
+from drafttrain.core.weights import Weights, weights_of
 from drafttrain.drafters.eagle.target_parts import TargetParts
 from drafttrain.drafters.few_rows import Product, product_with
 from drafttrain.drafters.own_vocabulary import OwnVocabulary
@@ -53,6 +53,6 @@ class WithHead(OwnVocabulary):
         return self._parts.head_parameters if self.lm_head is None else self.lm_head.weight.numel()
 
     @property
-    def head_bytes(self) -> int:
-        """Bytes of the head."""
-        return self._parts.head_bytes if self.lm_head is None else weight_bytes(self.lm_head)
+    def head_weights(self) -> Weights:
+        """The weights of the head."""
+        return self._parts.head_weights if self.lm_head is None else weights_of(self.lm_head)

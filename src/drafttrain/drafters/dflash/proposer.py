@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from drafttrain.core.device_time import Span
-from drafttrain.core.generations import ForwardEvent
+from drafttrain.core.generations import ForwardEvent, ForwardShape, Work
 from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
+from drafttrain.core.weights import Weights
 from drafttrain.drafters.chain_draft import ChainDraft, Chains
 from drafttrain.drafters.dflash.cache import ContextCache
 from drafttrain.drafters.dflash.layer import Attend
@@ -73,8 +74,8 @@ class BlockModel(Protocol):
         """Return the head, with its weights prepared once."""
         ...
 
-    def weight_bytes(self) -> tuple[int, int, int, int]:
-        """Return the bytes of (weights of the context, of a block, of the head, one embedding row)."""
+    def decoding_weights(self) -> tuple[Weights, Weights, Weights, int]:
+        """Return the weights of (the context, a block, the head), and the bytes of one embedding row."""
         ...
 
 
@@ -102,7 +103,7 @@ class BlockProposer:
         self._device = device
         self._listener = listener
         self._head = model.decoding_head()
-        self._bytes = model.weight_bytes()
+        self._weights = model.decoding_weights()
         self._vocabulary = DraftVocabulary(model.vocabulary, num_tokens=num_tokens)
         self._draft = ChainDraft(self._vocabulary, vocab_size, model.draft)
         self._contexts: list[Context] = []
@@ -119,7 +120,7 @@ class BlockProposer:
         self._store_features(seen, [len(context.tokens) - 1 for context in contexts])
         span = Span(self._device)
         if num_read := self._read_context():
-            self._report(num_read, blocks=0, span=span)
+            self._report(num_read, blocks=0, head_rows=0, span=span)
 
     @torch.no_grad()
     def propose(
@@ -137,7 +138,7 @@ class BlockProposer:
         span = Span(self._device)
         num_read = self._read_context()
         states_SKD = self._block_states()[:, : max(budget.depth for budget in budgets)]
-        self._report(num_read, blocks=len(budgets), span=span)
+        self._report(num_read, blocks=len(budgets), head_rows=states_SKD[..., 0].numel(), span=span)
         if any(budget.width > 1 for budget in budgets):
             return self.trees(budgets, states_SKD, more)
         self.extend(chains, states_SKD)
@@ -204,22 +205,23 @@ class BlockProposer:
             if size:
                 pieces.append(self._model.features(output)[0, :size])
 
-    def _report(self, num_read: int, *, blocks: int, span: Span) -> None:
-        """Report one pass to the listener: new positions of the context, and blocks."""
+    def _report(self, num_read: int, *, blocks: int, head_rows: int, span: Span) -> None:
+        """Report one pass to the listener: new positions of the context, and blocks, whose slots attend to each other."""
         if self._listener is None:
             return
-        of_context, of_block, of_head, row = self._bytes
-        columns = sum(self._cache.lengths)
-        weights = (of_context if num_read else 0) + (of_block + of_head + 2 * row * blocks if blocks else 0)
-        self._listener(
-            ForwardEvent(
-                model="drafter",
-                num_tokens=num_read + blocks * self._model.block_size,
-                context=columns - num_read,
-                num_sequences=len(self._contexts),
-                num_layers=self._model.num_layers,
-                bytes_read=weights + self._cache.bytes_per_column() * (columns if blocks else num_read),
-                span=span.end(),
-                prefill=not blocks,
-            )
+        of_context, of_block, of_head, row = self._weights
+        columns, slots = sum(self._cache.lengths), self._model.block_size
+        shape = ForwardShape(
+            num_tokens=num_read + blocks * slots,
+            context=columns - num_read,
+            pairs=slots * (columns + blocks * slots) if blocks else 0,
+            num_sequences=len(self._contexts),
+            num_layers=self._model.num_layers,
+            head_rows=head_rows,
         )
+        work = of_context.read(num_read) if num_read else Work()
+        if blocks:
+            work += of_block.read(blocks * slots, pairs=shape.pairs) + of_head.read(head_rows)
+        cached = self._cache.bytes_per_column() * (columns if blocks else num_read)
+        work += Work(row_bytes=2 * row * blocks, cache_bytes=cached)
+        self._listener(ForwardEvent("drafter", shape, work, span.end(), prefill=not blocks))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from drafttrain.core.batches import DraftBatch, DraftOutput, Head
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.linear_head import LinearHead
-from drafttrain.core.weights import weight_bytes
+from drafttrain.core.weights import Weights, weights_of
 from drafttrain.drafters.dflash.blocks import Blocks
 from drafttrain.drafters.dflash.drafter import BlockDrafter
 from drafttrain.drafters.dflash.proposer import BlockProposer
@@ -71,10 +72,14 @@ class WalkedDrafter(BlockDrafter):
     def correction(self) -> Correction:
         """Return how the factors change the logits in decoding, with its weights prepared for few rows."""
 
-    def weight_bytes(self) -> tuple[int, int, int, int]:
-        """Return the bytes of (weights of the context, of a block, of the head and the walk, one embedding row)."""
-        of_context, of_block, of_head, row = super().weight_bytes()
-        return of_context, of_block, of_head + self.num_steps * weight_bytes(*self.step_modules), row
+    def decoding_weights(self) -> tuple[Weights, Weights, Weights, int]:
+        """Return the weights of (the context, a block, the head and the walk), and the bytes of one embedding row.
+
+        A step of the walk reads its weights for one row of each block.
+        """
+        of_context, of_block, of_head, row = super().decoding_weights()
+        step = weights_of(*self.step_modules)
+        return of_context, of_block, of_head + replace(step, num_bytes=self.num_steps * step.num_bytes), row
 
 
 class AddingDrafter(WalkedDrafter):

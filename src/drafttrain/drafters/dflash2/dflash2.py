@@ -17,6 +17,7 @@ from drafttrain.core.batches import Beside, DraftBatch, DraftOutput, Head
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.settings import setting
+from drafttrain.core.weights import Weights
 from drafttrain.drafters import drafters
 from drafttrain.drafters.dflash.config import section_sizes
 from drafttrain.drafters.dflash.layer import BlockLayer
@@ -161,12 +162,15 @@ class DFlash2(WalkedDrafter):
             if isinstance(part, DynamicConvolution):
                 part.__dict__["convolved"] = compiled(part.convolved)
 
-    def weight_bytes(self) -> tuple[int, int, int, int]:
-        """Return the bytes of (weights of the context, of a block, of the head and the walk, one embedding row)."""
-        of_context, of_block, of_head, row = super().weight_bytes()
+    def decoding_weights(self) -> tuple[Weights, Weights, Weights, int]:
+        """Return the weights of (the context, a block, the head and the walk), and the bytes of one embedding row."""
+        of_context, of_block, of_head, row = super().decoding_weights()
         codebook = self.candidate_selector.successor_codebook
         rows = self.num_depths * (self.candidate_selector.top_k + 1)
-        return of_context, of_block, of_head + rows * codebook.shape[1] * codebook.element_size(), row
+        read = Weights(
+            rows * codebook.shape[1] * codebook.element_size(), self.candidate_selector.top_k * codebook.shape[1]
+        )
+        return of_context, of_block, of_head + read, row
 
 
 def field_problems(config: Mapping[str, Any]) -> list[str]:

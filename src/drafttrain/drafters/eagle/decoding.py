@@ -74,9 +74,9 @@ class DecodingEagle:
         hidden_BND = _by_sequence(self._model.fed_back(states_FD), [len(one) for one in tokens], width)
         return self._read(tokens, positions, hidden_BND, self.cache.add_drafts, lambda: self._path_mask(paths, width))
 
-    def num_drafts(self, sizes: Sequence[int]) -> int:
-        """Return the draft tokens read so far, of the sequences with a size above 0."""
-        return sum(len(paths) for paths, size in zip(self._paths, sizes, strict=True) if size)
+    def num_drafts(self) -> list[int]:
+        """Return the draft tokens read so far, by sequence."""
+        return [len(paths) for paths in self._paths]
 
     def forget_drafts(self) -> None:
         """Drop all draft tokens."""

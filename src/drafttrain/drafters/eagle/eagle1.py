@@ -19,7 +19,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import RowsAsked, TargetNeeds, TargetOutput
-from drafttrain.core.weights import weight_bytes
+from drafttrain.core.weights import Weights, weights_of
 from drafttrain.drafters import drafters
 from drafttrain.drafters.eagle.drafter import EagleDrafter, rollout
 from drafttrain.drafters.eagle.folder import load_weights, read_config
@@ -201,9 +201,10 @@ class Eagle1Drafter(EagleDrafter):
         """Return `head`."""
         return self._parts.head
 
-    def weight_bytes(self) -> tuple[int, int, int, int]:
-        """Return the bytes of (no fusion, the layer with fc, the target's head, one embedding row)."""
-        return 0, weight_bytes(self.fc, self.layers), self._parts.head_bytes, self._parts.embedding_row_bytes
+    def decoding_weights(self) -> tuple[Weights, Weights, Weights, int]:
+        """Return the weights of (no fusion, the layer with fc, the target's head), and the bytes of one embedding row."""
+        layer = weights_of(self.fc, self.layers, attention_width=self.layer.attention_width)
+        return Weights(), layer, self._parts.head_weights, self._parts.embedding_row_bytes
 
     @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> Eagle1Drafter:

@@ -19,7 +19,7 @@ from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.linear_head import LinearHead
 from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
-from drafttrain.core.weights import weight_bytes
+from drafttrain.core.weights import Weights, weights_of
 from drafttrain.drafters import drafters
 from drafttrain.drafters.draft_vocabulary import SIZE_HELP, size_for
 from drafttrain.drafters.eagle.drafter import EagleDrafter, rollout
@@ -252,11 +252,11 @@ class Eagle3Drafter(OwnVocabulary, EagleDrafter):
         product = product_with([self.lm_head])
         return lambda states_ND: product(self.norm(states_ND))
 
-    def weight_bytes(self) -> tuple[int, int, int, int]:
-        """Return the bytes of (the fusion, the layer, the head with its norm, one embedding row)."""
+    def decoding_weights(self) -> tuple[Weights, Weights, Weights, int]:
+        """Return the weights of (the fusion, the layer, the head with its norm), and the bytes of one embedding row."""
         fusion = [part for part in (self.input_norm, self.fc_norm, self.fc) if part is not None]
-        head = weight_bytes(self.norm, self.lm_head)
-        return weight_bytes(*fusion), weight_bytes(self.midlayer), head, self._parts.embedding_row_bytes
+        layer = weights_of(self.midlayer, attention_width=self.layer.attention_width)
+        return weights_of(*fusion), layer, weights_of(self.norm, self.lm_head), self._parts.embedding_row_bytes
 
     @classmethod
     def field_problems(cls, config: Mapping[str, Any]) -> list[str]:

@@ -72,7 +72,12 @@ class EagleLayer(nn.Module):
         of_keys = parameters_of(self.self_attn.k_proj, self.self_attn.v_proj)
         yield matrix(of_keys, num_keys, gradients=2)
         yield matrix(parameters_of(self) - of_keys, shape.queries, gradients=2)
-        yield attention(self.self_attn.q_proj.out_features, shape.pairs, gradients=2)
+        yield attention(self.attention_width, shape.pairs, gradients=2)
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all query heads."""
+        return self.self_attn.q_proj.out_features
 
     def finish(self, attended_BHTd: Tensor, residual_BTD: Tensor) -> Tensor:
         """Return the residual stream after the layer."""

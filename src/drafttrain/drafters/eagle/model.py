@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.core.weights import Weights
 
 
 class DecodingLayer(Protocol):
@@ -96,6 +97,6 @@ class EagleModel(Protocol):
         """Return `head` as decoding calls it, with its weights prepared once."""
         ...
 
-    def weight_bytes(self) -> tuple[int, int, int, int]:
-        """Return the bytes of (the fusion of features, the layer, the head, one embedding row)."""
+    def decoding_weights(self) -> tuple[Weights, Weights, Weights, int]:
+        """Return the weights of (the fusion of features, the layer, the head), and the bytes of one embedding row."""
         ...

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.device_time import Span
-from drafttrain.core.generations import ForwardEvent
+from drafttrain.core.generations import ForwardEvent, ForwardShape, Work
 from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict, fixed_chain
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetOutput
@@ -55,7 +55,7 @@ class EagleProposer:
         vocabulary = DraftVocabulary(model.vocabulary, num_tokens=num_tokens)
         self._draft = ChainDraft(vocabulary, vocab_size, draft)
         self._vocabulary_R = vocabulary.ids_R.cpu()
-        self._bytes = model.weight_bytes()
+        self._weights = model.decoding_weights()
         self._listener = listener
         self._contexts: list[Context] = []
         self._layer = DecodingEagle(model, device=device)
@@ -70,9 +70,9 @@ class EagleProposer:
         sizes = [max(0, size - 1) for size in self._unread.sizes]
         if any(sizes):
             span = Span(self._device)
-            context = self._cached(sizes)
+            lengths = self._cache.lengths
             self._read(sizes)
-            self._report(sizes, context=context, fused=True, head=False, prefill=True, span=span)
+            self._report(sizes, lengths, fused=True, head_rows=0, prefill=True, span=span)
 
     @torch.no_grad()
     def propose(
@@ -154,24 +154,26 @@ class EagleProposer:
         """Read the committed slots that are not cached yet; return (logits_NR, states_ND) of each sequence's last one."""
         span = Span(self._device)
         sizes = [size if number in growing else 0 for number, size in enumerate(self._unread.sizes)]
-        context = self._cached(sizes)
+        lengths = self._cache.lengths
         states_BND = self._read(sizes)
         last_ND = self._rows(states_BND, [(number, sizes[number] - 1) for number in growing])
         logits_NR = self._layer.head(last_ND)
-        self._report(sizes, context=context, fused=True, head=True, prefill=False, span=span)
+        self._report(sizes, lengths, fused=True, head_rows=len(last_ND), span=span)
         return logits_NR, last_ND
 
     def _read_drafts(self, frontiers: Sequence[Sequence[DraftNode]]) -> tuple[Tensor, Tensor]:
         """Read the frontiers of all drafts in one call; return (logits_NR, states_ND) after each node."""
         span = Span(self._device)
         sizes = [len(frontier) for frontier in frontiers]
-        context = self._cached(sizes) + self._layer.num_drafts(sizes)
+        lengths = [
+            length + drafts for length, drafts in zip(self._cache.lengths, self._layer.num_drafts(), strict=True)
+        ]
         states_BND = self._layer.read_drafts(frontiers)
         states_ND = self._rows(
             states_BND, [(number, node) for number, size in enumerate(sizes) for node in range(size)]
         )
         logits_NR = self._layer.head(states_ND)
-        self._report(sizes, context=context, fused=False, head=True, prefill=False, span=span)
+        self._report(sizes, lengths, fused=False, head_rows=len(states_ND), span=span)
         return logits_NR, states_ND
 
     def _rows(self, states_BND: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
@@ -190,28 +192,26 @@ class EagleProposer:
     def _cache(self) -> EagleCache:
         return self._layer.cache
 
-    def _cached(self, sizes: Sequence[int]) -> int:
-        """Return the committed slots of the sequences that a call reads."""
-        return sum(length for length, size in zip(self._cache.lengths, sizes, strict=True) if size)
-
     def _report(
-        self, sizes: Sequence[int], *, context: int, fused: bool, head: bool, prefill: bool, span: Span
+        self,
+        sizes: Sequence[int],
+        lengths: Sequence[int],
+        *,
+        fused: bool,
+        head_rows: int,
+        span: Span,
+        prefill: bool = False,
     ) -> None:
         """Report one call to the listener: the layer, and the head and the fusion if they ran."""
         if self._listener is None:
             return
-        fusion, layer, head_bytes, row = self._bytes
-        num_tokens = sum(sizes)
-        weights = layer + (fusion if fused else 0) + (head_bytes if head else 0) + row * num_tokens
-        self._listener(
-            ForwardEvent(
-                model="drafter",
-                num_tokens=num_tokens,
-                context=context,
-                num_sequences=sum(size > 0 for size in sizes),
-                num_layers=1,
-                bytes_read=weights + self._cache.bytes_per_slot() * (context + num_tokens),
-                span=span.end(),
-                prefill=prefill,
-            )
-        )
+        fusion, layer, head, row = self._weights
+        shape = ForwardShape.of(sizes, lengths, num_layers=1, head_rows=head_rows)
+        columns = self._cache.bytes_per_slot() * (shape.context + shape.num_tokens)
+        work = layer.read(shape.num_tokens, pairs=shape.pairs)
+        if fused:
+            work += fusion.read(shape.num_tokens)
+        if head_rows:
+            work += head.read(head_rows)
+        work += Work(row_bytes=row * shape.num_tokens, cache_bytes=columns)
+        self._listener(ForwardEvent("drafter", shape, work, span.end(), prefill=prefill))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from drafttrain.core.batches import Head
-from drafttrain.core.weights import weight_bytes
+from drafttrain.core.weights import Weights, weights_of
 from drafttrain.drafters.few_rows import Product, head_product
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import final_norm
@@ -82,6 +82,6 @@ class TargetParts:
         return head_parameters(self._model)
 
     @property
-    def head_bytes(self) -> int:
-        """Bytes of the head."""
-        return weight_bytes(self._model.get_output_embeddings())
+    def head_weights(self) -> Weights:
+        """The weights of the head."""
+        return weights_of(self._model.get_output_embeddings())

@@ -26,7 +26,7 @@ from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.tensors import load_into
 from drafttrain.core.vocabulary import DraftVocabulary
-from drafttrain.core.weights import weight_bytes
+from drafttrain.core.weights import weights_of
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.draft_vocabulary import SIZE_HELP, most_frequent, size_for, token_map_problems
 from drafttrain.drafters.few_rows import head_product
@@ -183,7 +183,7 @@ No serving engine loads an adapter after a target's first layers yet; these figu
         return KangarooProposer(
             self.adapter,
             head_product(target.model, None if self.vocabulary is None else self._rows[0]),
-            head_bytes=weight_bytes(*self._rows),
+            head_weights=weights_of(*self._rows),
             dtype=target.model.dtype,
             exit_layer=self.exit_layer,
             vocabulary=DraftVocabulary(self.vocabulary, num_tokens=target.num_tokens),

@@ -17,12 +17,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from drafttrain.core.device_time import Span
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.generations import ForwardEvent
+from drafttrain.core.generations import ForwardEvent, ForwardShape, Work
 from drafttrain.core.proposals import Budget, Context, DraftStep, LayerState, More, Proposal, Verdict
 from drafttrain.core.roles import FirstBlocks, ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
+from drafttrain.core.weights import Weights, weights_of
 from drafttrain.drafters.chain_draft import ChainDraft
 from drafttrain.drafters.few_rows import Product
 from drafttrain.target_model.ragged_cache import RaggedCache
@@ -37,7 +38,7 @@ class KangarooProposer:
     Args:
         adapter: Maps states that enter the exit layer to states that the head reads.
         head: The target's, or its rows of the drafter's vocabulary.
-        head_bytes: Of its weights.
+        head_weights: Of the head.
         dtype: Of the states that it reads.
         vocab_size: Rows of the target's own head.
         draft: `sampled`, or `greedy`: FIXED nodes at every temperature.
@@ -48,7 +49,7 @@ class KangarooProposer:
         adapter: Any,
         head: Product,
         *,
-        head_bytes: int,
+        head_weights: Weights,
         dtype: torch.dtype,
         exit_layer: int,
         vocabulary: DraftVocabulary,
@@ -58,7 +59,7 @@ class KangarooProposer:
     ) -> None:
         self.needs = TargetNeeds(hidden=(exit_layer,))
         self._exit_layer = exit_layer
-        self._adapter = _CachedAdapter(adapter, head, head_bytes=head_bytes, dtype=dtype, listener=listener)
+        self._adapter = _CachedAdapter(adapter, head, head_weights=head_weights, dtype=dtype, listener=listener)
         self._draft = ChainDraft(vocabulary, vocab_size, draft)
         self._blocks: FirstBlocks | None = None
         self._contexts: list[Context] = []
@@ -131,15 +132,21 @@ class _CachedAdapter:
     """The adapter with its own key-value cache, followed by the head."""
 
     def __init__(
-        self, adapter: Any, head: Product, *, head_bytes: int, dtype: torch.dtype, listener: ForwardListener | None
+        self,
+        adapter: Any,
+        head: Product,
+        *,
+        head_weights: Weights,
+        dtype: torch.dtype,
+        listener: ForwardListener | None,
     ) -> None:
         self._module = adapter
         self._head = head
         self._dtype = dtype
         self._listener = listener
         self._device = next(adapter.parameters()).device
-        self._bytes = sum(p.numel() * p.element_size() for p in adapter.parameters())
-        self._head_bytes = head_bytes
+        self._weights = weights_of(adapter, attention_width=adapter.width)
+        self._head_weights = head_weights
         self._cache = RaggedCache(0)
 
     @property
@@ -153,19 +160,19 @@ class _CachedAdapter:
         if any(rows):
             span = Span(self._device)
             self._read(rows)
-            self._report(rows, context=0, head=False, span=span)
+            self._report(rows, [0] * len(rows), head_rows=0, span=span)
         self._cache.commit()
 
     @torch.no_grad()
     def read(self, rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
         """Read new states; return (states_ND, logits_NR) after the last one of each sequence that has any."""
         span = Span(self._device)
-        context = sum(length for length, one in zip(self._cache.lengths, rows, strict=True) if one)
+        lengths = self._cache.lengths
         states_BND = self._read(rows)
         chosen = [sequence for sequence, one in enumerate(rows) if one]
         last_ND = states_BND[chosen, [len(rows[sequence]) - 1 for sequence in chosen]].to(self._dtype)
         logits_NR = self._head(last_ND)
-        self._report(rows, context=context, head=True, span=span)
+        self._report(rows, lengths, head_rows=len(chosen), span=span)
         return last_ND, logits_NR
 
     def keep(self, counts: Sequence[int]) -> None:
@@ -202,22 +209,13 @@ class _CachedAdapter:
         keys_BHCd, values_BHCd = self._cache.hf.update(keys_BHNd, values_BHNd, 0)
         return scaled_dot_product_attention(query_BHNd, keys_BHCd, values_BHCd, attn_mask=allowed_BNC[:, None])
 
-    def _report(self, rows: Sequence[Sequence[Tensor]], *, context: int, head: bool, span: Span) -> None:
+    def _report(self, rows: Sequence[Sequence[Tensor]], lengths: Sequence[int], *, head_rows: int, span: Span) -> None:
         """Report the call to the listener: the adapter's weights, its cache, and the head."""
         if self._listener is None:
             return
-        num_tokens = sum(map(len, rows))
-        self._listener(
-            ForwardEvent(
-                model="drafter",
-                num_tokens=num_tokens,
-                context=context,
-                num_sequences=sum(map(bool, rows)),
-                num_layers=1,
-                bytes_read=self._bytes
-                + (self._head_bytes if head else 0)
-                + self._cache.bytes_per_token() * (context + num_tokens),
-                span=span.end(),
-                prefill=not head,
-            )
-        )
+        shape = ForwardShape.of(list(map(len, rows)), lengths, num_layers=1, head_rows=head_rows)
+        work = self._weights.read(shape.num_tokens, pairs=shape.pairs)
+        if head_rows:
+            work += self._head_weights.read(head_rows)
+        work += Work(cache_bytes=self._cache.bytes_per_token() * (shape.context + shape.num_tokens))
+        self._listener(ForwardEvent("drafter", shape, work, span.end(), prefill=not head_rows))

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from drafttrain.core.device_time import Span
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.generations import ForwardEvent
+from drafttrain.core.generations import ForwardEvent, ForwardShape
 from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict, fixed_tree
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
+from drafttrain.core.weights import weights_of
 from drafttrain.drafters.chain_draft import ChainDraft
 from drafttrain.drafters.medusa.decoding import DecodingHeads
 from drafttrain.drafters.medusa.static_tree import Path, within
@@ -136,16 +137,17 @@ class MedusaProposer:
         return fixed_tree(root, [(guesses[len(path) - 1][path[-1]], place[path[:-1]]) for path in paths])
 
     def _event(self, num_sequences: int, depth: int, span: Span) -> ForwardEvent:
-        weights = [*self._heads.blocks[:depth].parameters(), *self._heads.lm_heads[:depth].parameters()]
-        return ForwardEvent(
-            model="drafter",
+        blocks, heads = self._heads.blocks[:depth], self._heads.lm_heads[:depth]
+        shape = ForwardShape(
             num_tokens=num_sequences,
             context=0,
+            pairs=0,
             num_sequences=num_sequences,
             num_layers=depth,
-            bytes_read=sum(w.numel() * w.element_size() for w in weights),
-            span=span,
+            head_rows=depth * num_sequences,
         )
+        work = weights_of(blocks).read(num_sequences) + weights_of(heads).read(shape.head_rows // len(heads))
+        return ForwardEvent("drafter", shape, work, span)
 
 
 def _wanted(sequence: int, logits_by_head: Sequence[Tensor], more: Callable[[DraftStep], bool | More]) -> int:

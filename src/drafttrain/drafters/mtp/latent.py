@@ -104,7 +104,12 @@ class LatentLayer(nn.Module):
         of_keys = parameters_of(part.kv_a_proj_with_mqa, part.kv_b_proj)
         yield matrix(of_keys, num_keys, gradients=2)
         yield matrix(parameters_of(self, active=self._active) - of_keys, shape.queries, gradients=2)
-        yield attention(part.num_heads * part.qk_head_dim, shape.pairs, gradients=2)
+        yield attention(self.attention_width, shape.pairs, gradients=2)
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all query heads."""
+        return int(self.self_attn.num_heads * self.self_attn.qk_head_dim)
 
     def decoding(self) -> DecodingLatentLayer:
         """Return the layer as decoding runs it."""

@@ -19,7 +19,7 @@ from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.tensors import TensorFiles, load_named
-from drafttrain.core.weights import weight_bytes
+from drafttrain.core.weights import Weights, weights_of
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.eagle.drafter import EagleDrafter, rollout
 from drafttrain.drafters.eagle.folder import load_weights, read_config
@@ -229,10 +229,11 @@ class MtpDrafter(EagleDrafter):
         product = self._parts.decoding_head()
         return lambda states_ND: product(self.norm(states_ND))
 
-    def weight_bytes(self) -> tuple[int, int, int, int]:
-        """Return the bytes of (no fusion, the layer with projection and norms, the target's head, one embedding row)."""
-        layer = weight_bytes(self.embedding_norm, self.hidden_norm, self.fc, self.block, self.norm)
-        return 0, layer, self._parts.head_bytes, self._parts.embedding_row_bytes
+    def decoding_weights(self) -> tuple[Weights, Weights, Weights, int]:
+        """Return the weights of (no fusion, the layer with projection and norms, the target's head), and the bytes of one embedding row."""
+        parts = (self.embedding_norm, self.hidden_norm, self.fc, self.block, self.norm)
+        layer = weights_of(*parts, attention_width=self.block.attention_width)
+        return Weights(), layer, self._parts.head_weights, self._parts.embedding_row_bytes
 
     @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> MtpDrafter:

@@ -18,7 +18,7 @@ from drafttrain.core.few_sizes import is_compiled_by_size
 from drafttrain.core.flops import BatchShape, Products, attention, matrix, parameters_of
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.target_rows import RowsAsked
-from drafttrain.core.weights import weight_bytes
+from drafttrain.core.weights import Weights, weights_of
 from drafttrain.drafters import drafters
 from drafttrain.drafters.dflash.mask_token import mask_token_of
 from drafttrain.drafters.eagle.eagle3 import Eagle3Drafter, fusion_config
@@ -208,7 +208,7 @@ class PEagleDrafter(Eagle3Drafter):
         choice = cast(DroppedDepths, self.rows_asked()[0].choice)
         yield matrix(parameters_of(self.fc), shape.positions, gradients=1)
         yield matrix(parameters_of(*self.each_layer), shape.positions, gradients=2)
-        width = sum(layer.self_attn.q_proj.out_features for layer in self.each_layer)
+        width = sum(layer.attention_width for layer in self.each_layer)
         yield attention(width, shape.pairs, gradients=2)
         yield matrix(self.lm_head.weight.numel(), shape.rows(1 + self.lag), gradients=2)
         if self.num_depths == 1:
@@ -248,12 +248,13 @@ class PEagleDrafter(Eagle3Drafter):
             draft=self.draft,
         )
 
-    def weight_bytes(self) -> tuple[int, int, int, int]:
-        """Return the bytes of (the fusion, the layers, the head with its norm, one embedding row)."""
-        fusion, _, head, row = super().weight_bytes()
+    def decoding_weights(self) -> tuple[Weights, Weights, Weights, int]:
+        """Return the weights of (the fusion, the layers, the head with its norm), and the bytes of one embedding row."""
+        fusion, _, head, row = super().decoding_weights()
         if self.embed_tokens is not None:
             row = self.embed_tokens.weight.shape[1] * self.embed_tokens.weight.element_size()
-        return fusion, weight_bytes(*self.each_layer), head, row
+        width = sum(layer.attention_width for layer in self.each_layer)
+        return fusion, weights_of(*self.each_layer, attention_width=width), head, row
 
 
 def _rows(states_MD: Tensor, place_n: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.device_time import Span
-from drafttrain.core.generations import ForwardEvent
+from drafttrain.core.generations import ForwardEvent, ForwardShape, Work
 from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetOutput
@@ -46,7 +46,7 @@ class PEagleProposer:
         self._num_depths = model.num_depths
         self._device = device
         self._draft = ChainDraft(DraftVocabulary(model.vocabulary, num_tokens=num_tokens), vocab_size, draft)
-        self._bytes = model.weight_bytes()
+        self._weights = model.decoding_weights()
         self._listener = listener
         self._contexts: list[Context] = []
         self._layers = DecodingPEagle(model, device=device)
@@ -81,16 +81,17 @@ class PEagleProposer:
         chains = self._draft.begin(self._contexts, budgets, sampling, generators, more)
         if not (growing := chains.growing):
             return chains.proposals()
-        states_GKD = self._pass(growing, num_masks=max(min(one.nodes, one.depth) for one in budgets) - 1)
+        logits_GKR, states_GKD = self._pass(growing, num_masks=max(min(one.nodes, one.depth) for one in budgets) - 1)
         if any(budget.width > 1 for budget in budgets):
-            return self._trees(growing, budgets, states_GKD, more)
-        chains.extend(self._layers.head(states_GKD), states_GKD)
+            return self._trees(growing, budgets, logits_GKR, states_GKD, more)
+        chains.extend(logits_GKR, states_GKD)
         return chains.proposals()
 
     def _trees(
         self,
         growing: Sequence[int],
         budgets: Sequence[Budget],
+        logits_GKR: Tensor,
         states_GKD: Tensor,
         more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
@@ -98,10 +99,12 @@ class PEagleProposer:
         if len(growing) < len(budgets):
             # Nothing reads the rows of the others.
             rows_B = [growing.index(number) if number in growing else 0 for number in range(len(budgets))]
-            states_GKD = states_GKD.index_select(0, torch.tensor(rows_B).to(self._device))
+            on_device_B = torch.tensor(rows_B).to(self._device)
+            logits_GKR, states_GKD = (values.index_select(0, on_device_B) for values in (logits_GKR, states_GKD))
         vocabulary = self._draft.vocabulary
-        logits_BKR = vocabulary.logits(self._layers.head(states_GKD))
-        return slot_trees(self._contexts, budgets, logits_BKR, states_GKD, vocabulary=vocabulary, more=more)
+        return slot_trees(
+            self._contexts, budgets, vocabulary.logits(logits_GKR), states_GKD, vocabulary=vocabulary, more=more
+        )
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
         """Store the target's features of the accepted path. The mask slots have left the cache already."""
@@ -113,15 +116,16 @@ class PEagleProposer:
         self._unread.drop(keep)
         self._layers.drop(keep)
 
-    def _pass(self, growing: Sequence[int], *, num_masks: int) -> Tensor:
-        """Read the unread slots of these sequences and mask slots after them; return states_GKD, which predict the next tokens."""
+    def _pass(self, growing: Sequence[int], *, num_masks: int) -> tuple[Tensor, Tensor]:
+        """Read the unread slots of these sequences and mask slots after them; return (logits_GKR, states_GKD) of the next tokens."""
         span = Span(self._device)
         sizes = [size if number in growing else 0 for number, size in enumerate(self._unread.sizes)]
-        states_BKD = self._read(sizes, num_masks=num_masks)
+        states_GKD = self._read(sizes, num_masks=num_masks)
+        if len(growing) < len(states_GKD):
+            states_GKD = states_GKD.index_select(0, torch.tensor(growing).to(self._device))
+        logits_GKR = self._layers.head(states_GKD)
         self._report(sizes, num_masks=num_masks, span=span)
-        if len(growing) == len(states_BKD):
-            return states_BKD
-        return states_BKD.index_select(0, torch.tensor(growing).to(self._device))
+        return logits_GKR, states_GKD
 
     def _read(self, sizes: Sequence[int], *, num_masks: int) -> Tensor:
         tokens, features_BNF = self._unread.take(self._contexts, starts=self._layers.lengths, sizes=sizes)
@@ -131,20 +135,16 @@ class PEagleProposer:
         """Report one pass to the listener. The head runs in a round, not over a prompt."""
         if self._listener is None:
             return
-        fusion, layers, head, row = self._bytes
-        num_read, num_sequences = sum(sizes), sum(size > 0 for size in sizes)
-        context = sum(length for length, size in zip(self._layers.lengths, sizes, strict=True) if size) - num_read
-        num_tokens = num_read + num_masks * num_sequences
-        weights = fusion + layers + (0 if prefill else head) + row * num_read
-        self._listener(
-            ForwardEvent(
-                model="drafter",
-                num_tokens=num_tokens,
-                context=context,
-                num_sequences=num_sequences,
-                num_layers=self._layers.num_layers,
-                bytes_read=weights + self._layers.bytes_per_slot() * (context + num_tokens),
-                span=span.end(),
-                prefill=prefill,
-            )
-        )
+        fusion, layers, head, row = self._weights
+        num_read, growing = sum(sizes), sum(size > 0 for size in sizes)
+        lengths = [length - size for length, size in zip(self._layers.lengths, sizes, strict=True)]
+        read = [size + num_masks * (size > 0) for size in sizes]
+        # The head reads the last token's state and those of the masks.
+        head_rows = 0 if prefill else (1 + num_masks) * growing
+        shape = ForwardShape.of(read, lengths, num_layers=self._layers.num_layers, head_rows=head_rows)
+        columns = self._layers.bytes_per_slot() * (shape.context + shape.num_tokens)
+        work = fusion.read(num_read) + layers.read(shape.num_tokens, pairs=shape.pairs)
+        if head_rows:
+            work += head.read(head_rows)
+        work += Work(row_bytes=row * num_read, cache_bytes=columns)
+        self._listener(ForwardEvent("drafter", shape, work, span.end(), prefill=prefill))

@@ -17,7 +17,7 @@ from drafttrain.core.batches import Beside, DraftBatch, DraftOutput
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.printable import shown
 from drafttrain.core.settings import setting
-from drafttrain.core.weights import weight_bytes
+from drafttrain.core.weights import Weights, weights_of
 from drafttrain.distributed.collectives import shared
 from drafttrain.drafters import drafters
 from drafttrain.drafters.dflash.proposer import BlockProposer
@@ -216,13 +216,13 @@ class XPress(AddingDrafter):
             yield matrix(a_pass + parameters_of(head.w2), slots * (trained - 1), gradients=0)
             yield matrix(mixed, roots * (trained - 1), gradients=0)
 
-    def weight_bytes(self) -> tuple[int, int, int, int]:
-        """Return the bytes of (weights of the context, of a block, of the head and the passes, one embedding row).
+    def decoding_weights(self) -> tuple[Weights, Weights, Weights, int]:
+        """Return the weights of (the context, a block, the head and the passes), and the bytes of one embedding row.
 
         A pass reads all of w2, also where only candidates are corrected.
         """
-        of_context, of_block, of_head, row = super().weight_bytes()
-        return of_context, of_block + weight_bytes(self.xpress_head.down_h, self.xpress_head.down_g), of_head, row
+        of_context, of_block, of_head, row = super().decoding_weights()
+        return of_context, of_block + weights_of(self.xpress_head.down_h, self.xpress_head.down_g), of_head, row
 
 
 def refiner_of(config: Mapping[str, Any]) -> RefinerHead:

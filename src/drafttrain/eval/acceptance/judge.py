@@ -67,7 +67,7 @@ class Judge:
     @torch.no_grad()
     def __call__(
         self, proposal: Proposal, target_probs: TargetProbs, node_hidden_ND: Tensor | None, generator: torch.Generator
-    ) -> tuple[list[int], int]:
+    ) -> tuple[list[int], int | None]:
         assert node_hidden_ND is not None, "the engine passes the layer that `needs` names"
         if node_hidden_ND.shape[-1] != self.head.hidden_size:
             raise CheckpointError(

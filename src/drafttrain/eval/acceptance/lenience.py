@@ -43,7 +43,7 @@ class Lenience:
 
     def __call__(
         self, proposal: Proposal, target_probs: TargetProbs, node_hidden_ND: Tensor | None, generator: torch.Generator
-    ) -> tuple[list[int], int]:
+    ) -> tuple[list[int], int | None]:
         credit = None if self.settings.epsilon == 1 else lenient(self.settings.form, self.settings.epsilon)
         return walk(proposal, target_probs, RandomDecisions(generator), credit=credit)
 

@@ -33,5 +33,5 @@ class Lossless:
 
     def __call__(
         self, proposal: Proposal, target_probs: TargetProbs, node_hidden_ND: Tensor | None, generator: torch.Generator
-    ) -> tuple[list[int], int]:
+    ) -> tuple[list[int], int | None]:
         return walk(proposal, target_probs, RandomDecisions(generator))

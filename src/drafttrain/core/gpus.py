@@ -1,10 +1,10 @@
-"""GPUs that a training can be planned for: their memory, and how fast they compute and read."""
+"""GPUs that a training or a decoding can be planned for: their memory, and how fast they compute and read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from drafttrain.training.peak import peak_tflops
+from drafttrain.core.peak import peak_tflops
 
 MEMORY_AND_BANDWIDTH = {
     "b200": (180, 8000),

@@ -1,0 +1,282 @@
+"""drafttrain advise: which draft length pays on which GPU, by measured acceptance and the clock of the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from drafttrain.checkpoint import read_about, read_drafter
+from drafttrain.commands.named_drafters import folders_of, length_of
+from drafttrain.config.load import load_sections
+from drafttrain.core.console import say, table
+from drafttrain.core.errors import CheckpointError, RecipeError
+from drafttrain.core.files import write_json
+from drafttrain.core.gpus import MEMORY_AND_BANDWIDTH, Gpu, gpu_named
+from drafttrain.core.registry import component_mapping
+from drafttrain.core.texts import Prompt
+from drafttrain.drafters import Drafter
+from drafttrain.eval.advice import ASSUMED, Advice, Candidate, Device, End, Predicted, Recorded
+from drafttrain.eval.clock import DATA_SHEET, Efficiency, roofline_of
+from drafttrain.eval.fastest_length import evaluated_lengths
+from drafttrain.eval.interval import Interval
+from drafttrain.eval.length.fixed import FixedLengthSettings
+from drafttrain.eval.lone_rounds import calibrated, lone_rounds
+from drafttrain.eval.page import label, write_picture
+from drafttrain.eval.pipelined import PIPELINED, SERIAL
+from drafttrain.eval.prompts import read_prompts
+from drafttrain.eval.proposers.none import PLAIN
+from drafttrain.eval.result import Result, current_result
+from drafttrain.eval.settings import EvalSettings, length_label
+from drafttrain.eval.typed_json import to_json
+from drafttrain.pipeline.evaluating import evaluate_folders
+from drafttrain.pipeline.folder import exported_in
+from drafttrain.pipeline.preflight import check_drafters
+from drafttrain.pipeline.run import quiet_libraries
+from drafttrain.target_model import Target
+
+HERE = "here"
+NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
+FRESH = {"num_prompts": 12, "max_new_tokens": 64, "speed_prompts": 0}
+"""A small evaluation, where there is none yet."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the command line asks."""
+
+    drafter: str
+    target: str | None
+    gpus: Sequence[str]
+    batches: Sequence[int]
+    contexts: Sequence[int]
+    dtype: str
+    efficiency: Efficiency
+    overrides: Sequence[str]
+
+    def check(self) -> None:
+        """Refuse what cannot be asked.
+
+        Raises:
+            RecipeError: With every problem.
+        """
+        problems = [
+            f"--gpu: unknown GPU {name!r}. Available: {', '.join(MEMORY_AND_BANDWIDTH)}, {HERE}"
+            for name in self.gpus
+            if name != HERE and gpu_named(name) is None
+        ]
+        shares = {"--bandwidth-share": self.efficiency.bandwidth, "--peak-share": self.efficiency.flops}
+        problems += [
+            f"{option}: must be above 0 and at most 1, got {share:g}"
+            for option, share in shares.items()
+            if not 0 < share <= 1
+        ]
+        if self.efficiency.layer_seconds < 0:
+            problems.append(f"--launch-us: must be 0 or more, got {1e6 * self.efficiency.layer_seconds:g}")
+        if self.dtype not in NUM_BYTES:
+            problems.append(f"--dtype: must be one of {', '.join(NUM_BYTES)}, got {self.dtype!r}")
+        if problems:
+            raise RecipeError("arguments", problems)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    drafter: Drafter
+    target: Target
+    settings: EvalSettings
+    prompt: Prompt
+    folder: Path
+    result: Result
+
+
+def advise(question: Question, *, out: Path | None = None) -> Advice:
+    """Print what to expect of a drafter, and write advice.json and advice.png.
+
+    Args:
+        out: Their folder; None: that of a local drafter, else nothing is written.
+    """
+    question.check()
+    quiet_libraries()
+    opened = _opened(question)
+    recorded = Recorded(_candidates(opened), _plain(opened))
+    devices = [device for name in question.gpus for device in _devices(name, question, opened)]
+    surface = recorded.surface(devices, batches=question.batches, contexts=question.contexts)
+    ends = [
+        End(device.name, context, recorded.end_of_gain(device, context=context))
+        for device in devices
+        for context in question.contexts
+    ]
+    result = opened.result
+    advice = Advice(
+        drafter=question.drafter,
+        target=opened.target.name,
+        temperature=_temperature(opened),
+        num_prompts=result.num_prompts,
+        surface=surface,
+        ends=ends,
+        measured=[
+            f"acceptance: {result.num_prompts} prompts, {result.provenance.date}, {result.provenance.machine.processor}",
+            f"forwards of each length: {len(recorded.candidates[0].rounds)} rounds on this machine",
+            *(device.how for device in devices if device.name == HERE),
+        ],
+        assumed=[*(device.how for device in devices if device.name != HERE), *ASSUMED],
+    )
+    _show(advice)
+    out = out or (opened.folder if Path(question.drafter).is_dir() else None)
+    if out is None:
+        say("advice.json and advice.png: not written: give --out DIR")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "advice.json", to_json(advice))
+        write_picture(out / "advice.png", lambda axes: _draw(axes, advice), columns=len(question.contexts), height=3.4)
+        say(f"written: {out / 'advice.json'}, {out / 'advice.png'}")
+    return advice
+
+
+def _opened(question: Question) -> _Opened:
+    folder = exported_in(folders_of([question.drafter])[0])
+    of_target, settings = load_sections(["target", "eval"], question.overrides)
+    about = read_about(folder)
+    if not (target := question.target or (about.target if about else None)):
+        raise CheckpointError(f"{question.drafter}: no target is named in it. Give --target MODEL")
+    of_target = replace(of_target, model=target)
+    check_drafters(of_target, [str(folder)])
+    loaded = Target.load(of_target)
+    result = _evaluation(folder, loaded)
+    if result is None:
+        say("no evaluation of this drafter with this target is there: a small one is made first")
+        limits = {name: min(most, getattr(settings, name) or most) for name, most in FRESH.items()}
+        settings = replace(settings, **limits)
+        result = evaluate_folders({"drafter": folder}, loaded, settings, dropped=())
+    drafter = read_drafter(folder, loaded)
+    prompts = read_prompts(settings.prompts, loaded.tokenizer, prompt_tokens=settings.prompt_tokens, limit=1)
+    return _Opened(drafter, drafter.adapted(loaded), settings, prompts[0], folder, result)
+
+
+def _evaluation(folder: Path, target: Target) -> Result | None:
+    """Return the evaluation beside a drafter, or of its run, with this target."""
+    for path in (folder / "eval.json", folder.parent / "eval.json"):
+        result = current_result(path)
+        if result is not None and result.target.fingerprint == target.fingerprint:
+            say(f"acceptance: {path}")
+            return result
+    return None
+
+
+def _temperature(opened: _Opened) -> float:
+    wanted = opened.settings.temperatures[0]
+    return min((part.temperature for part in opened.result.temperatures), key=lambda one: abs(one - wanted))
+
+
+def _candidates(opened: _Opened) -> list[Candidate]:
+    """Return every length that was evaluated, and the chains that replay computed."""
+    arms = evaluated_lengths(opened.result, _temperature(opened))
+    if not arms:
+        raise CheckpointError(f"{opened.folder}: its evaluation has no lossless figures. Run drafttrain eval again")
+    known: list[tuple[Mapping[str, Any], Interval, bool]] = [(one.length, one.block_efficiency, False) for one in arms]
+    evaluated = [length for length, *_ in known]
+    # Replay is about rounds that follow each other.
+    for count, value in ({} if _pipelined(opened) else arms[0].replay).items():
+        length = component_mapping(FixedLengthSettings(num_draft_tokens=int(count)))
+        if length not in evaluated:
+            known.append((length, value, True))
+    return [_candidate(opened, *one) for one in known]
+
+
+def _candidate(opened: _Opened, length: Mapping[str, Any], value: Interval, from_replay: bool) -> Candidate:
+    rounds = lone_rounds(opened.drafter, opened.target, opened.prompt, _settings(opened), length=length_of(length))
+    drafted = sum(one.num_draft_tokens for one in rounds) / len(rounds)
+    return Candidate(
+        length, value, from_replay, [one.forwards for one in rounds], drafted, pipelined=_pipelined(opened)
+    )
+
+
+def _pipelined(opened: _Opened) -> bool:
+    return opened.result.settings.get("schedule") == PIPELINED
+
+
+def _plain(opened: _Opened) -> Any:
+    settings = _settings(opened)
+    (one,) = lone_rounds(PLAIN, opened.target, opened.prompt, settings, length=settings.length, count=1)
+    return one.forwards[-1]
+
+
+def _settings(opened: _Opened) -> EvalSettings:
+    schedule = PIPELINED if _pipelined(opened) else SERIAL
+    return replace(opened.settings, temperatures=[_temperature(opened)], schedule=schedule)
+
+
+def _devices(name: str, question: Question, opened: _Opened) -> list[Device]:
+    """Return this machine, or a GPU twice: by its data sheet, and at what is assumed to be reached of it."""
+    if name == HERE:
+        here = calibrated(opened.drafter, opened.target, opened.prompt, _settings(opened))
+        how = f"{HERE}: the target by lone forwards of 1, 8 and 64 tokens, the drafter and Python by lone rounds of 3 and 6"
+        return [Device(HERE, here.clock, how, host=here.host, plain_host=here.plain_host)]
+    gpu = gpu_named(name)
+    assert gpu is not None, "checked before"
+    width = NUM_BYTES[question.dtype] / opened.target.model.dtype.itemsize
+    return [
+        Device(gpu.name, roofline_of(gpu, question.efficiency), _reached(gpu, question), width=width),
+        Device(
+            f"{gpu.name}, ideal",
+            roofline_of(gpu, DATA_SHEET),
+            f"{gpu.name}, ideal: {_rate(gpu)} of its data sheet, {question.dtype}, nothing else takes time",
+            width=width,
+        ),
+    ]
+
+
+def _reached(gpu: Gpu, question: Question) -> str:
+    reached = question.efficiency
+    return (
+        f"{gpu.name}: {reached.bandwidth:.0%} of its bandwidth, {reached.flops:.0%} of its peak ({_rate(gpu)}, data sheet), "
+        f"{1e6 * reached.layer_seconds:g} us for each layer of a call, {question.dtype}, no time of the host"
+    )
+
+
+def _rate(gpu: Gpu) -> str:
+    return f"{gpu.bandwidth / 1e9:,.0f} GB/s and {gpu.peak_flops / 1e12:,.0f} TFLOP/s"
+
+
+def _show(advice: Advice) -> None:
+    rows = [
+        [
+            one.device,
+            f"{one.context:,}",
+            f"{one.batch:,}",
+            one.speedup.text(),
+            "none pays" if one.speedup.value <= 1 else length_label(length_of(one.length)),
+            one.block_efficiency.text(),
+            f"{one.tokens_per_second:,.0f}",
+        ]
+        for one in advice.best()
+    ]
+    columns = ["device", "context", "batch", "speed-up", "best length", "tokens a target call", "tokens/s"]
+    title = f"{advice.drafter} drafts for {advice.target}, temperature {advice.temperature:g}: predicted, by length the best"
+    table(rows, columns=columns, title=f"\n{title}")
+    ends = [
+        [end.device, f"{end.context:,}", "none found" if end.batch is None else f"{end.batch:,}"] for end in advice.ends
+    ]
+    table(ends, columns=["device", "context", "drafting stops paying at batch"])
+    for heading, lines in (("measured", advice.measured), ("assumed", advice.assumed)):
+        say(f"{heading}:")
+        for line in lines:
+            say(f"  {line}")
+
+
+def _draw(axes: Sequence[Any], advice: Advice) -> None:
+    contexts = list(dict.fromkeys(one.context for one in advice.surface))
+    devices = list(dict.fromkeys(one.device for one in advice.surface))
+    for ax, context in zip(axes, contexts, strict=True):
+        for device in devices:
+            best = [one for one in advice.best() if (one.device, one.context) == (device, context)]
+            ax.plot(*_line(best), "o-", ms=4, label=label(device))
+        ax.axhline(1.0, color="#888", lw=1, ls=":")
+        ax.set(xscale="log", xlabel="batch", ylabel="predicted speed-up, best length", title=f"context {context:,}")
+        ax.legend(fontsize=7, frameon=False)
+
+
+def _line(points: Sequence[Predicted]) -> tuple[list[int], list[float]]:
+    ordered = sorted(points, key=lambda one: one.batch)
+    return [one.batch for one in ordered], [one.speedup.value for one in ordered]
