@@ -91,6 +91,7 @@ class Recipe:
                 "drafter.tokenizer: rows of a head that is partitioned over processes cannot be chosen: use train.deepspeed.stage 0, 1 or 2"
             )
         problems += self._confidence()
+        problems += self._trees()
         problems += self._numbered_devices()
         if "gain_over_start" in self.export.require and not self.eval.start:
             problems.append("export.require.gain_over_start: the start is not evaluated with eval.start: false")
@@ -126,6 +127,13 @@ class Recipe:
         if made_of is not None and any(readers.values()) and not made_of.predicts_confidence(self.drafter):
             has_none = f"a prediction of acceptance, and drafter.kind {self.drafter.kind} with these settings has none"
             yield from (f"{what} {has_none}" for what, is_there in readers.items() if is_there)
+
+    def _trees(self) -> Iterator[str]:
+        """Yield the length policies that ask for trees of a drafter that drafts none."""
+        made_of = _component(self.drafter)
+        for key, length in self.eval.lengths():
+            if made_of is not None and not made_of.drafts_trees and getattr(length, "most_children", 1) > 1:
+                yield f"{key}: {length.kind} is a tree, and drafter.kind {self.drafter.kind} drafts chains only: use kind fixed or confidence"
 
     def _exports(self) -> Iterator[str]:
         """Yield the formats and engines that do not support what this recipe trains."""

@@ -198,6 +198,8 @@ class Verdict:
     """Depth of the deepest node that was drafted."""
     reason: str
     """reject, leaf, eos or length."""
+    tested: Sequence[tuple[int, bool]] = ()
+    """By node of the path that has children: how many of them were rejected, and whether the next one was accepted."""
 
     @property
     def num_accepted(self) -> int:

@@ -40,6 +40,11 @@ class TreeGrowth(ABC):
         """Nodes without the root."""
         return len(self.tokens) - 1
 
+    @property
+    def wanted(self) -> int:
+        """Children that a frontier node is offered, if there are so many."""
+        return self.budget.width
+
     @abstractmethod
     def grow(self, children: Sequence[Sequence[Child]]) -> None:
         """Take children, and choose the next frontier.

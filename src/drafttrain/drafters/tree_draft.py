@@ -96,7 +96,6 @@ class Trees:
         vocabulary: DraftVocabulary,
         vocab_size: int,
         sampling: Sampling | None,
-        width: int,
         mode: DrawMode,
         more: Callable[[DraftStep], bool | More],
         draw: Draw,
@@ -105,7 +104,6 @@ class Trees:
         self._vocabulary = vocabulary
         self._vocab_size = vocab_size
         self._sampling = sampling
-        self._width = width
         self._mode = mode
         self._more = more
         self._draw = draw
@@ -185,7 +183,8 @@ class Trees:
 
     def _children(self, rows: Rows, places: Sequence[int]) -> list[list[Child]]:
         """Return the possible children of nodes with these rows, in draw order."""
-        count = min(self._width, rows.logits_NR.shape[-1])
+        wanted = max(tree.growth.wanted for tree, _ in self._open())
+        count = min(wanted, rows.logits_NR.shape[-1])
         if self._sampling is None:
             places_MK, log_q_MK = rows.best(count)
         else:
@@ -303,7 +302,6 @@ class TreeDraft:
             vocabulary=self.vocabulary,
             vocab_size=self.vocab_size,
             sampling=sampling if drawn else None,
-            width=max((budget.width for budget in budgets), default=1),
             mode=DrawMode.IID if form is None else form.draw,
             more=more,
             draw=self.draw,
