@@ -12,6 +12,7 @@ from drafttrain.core.proposals import Budget, Context, DraftStep
 from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.drafters.tree_draft import TreeDraft, Trees
+from drafttrain.eval.length.specinfer import SpecInfer, SpecInferSettings
 
 R = 5
 
@@ -103,3 +104,24 @@ def test_the_length_policy_is_asked_of_every_node_of_the_frontier():
     for step in asked[1:3]:
         assert step.token is not None
         assert torch.equal(step.logits_V, distribution((step.token - 10,)))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_slots_give_every_place_of_a_shape_its_children(temperature):
+    """All distributions are known before the first draw; a place deep in the tree may have more children than the root."""
+    slots_SKR = torch.randn(2, 3, R, generator=torch.Generator().manual_seed(0))
+    budget = SpecInfer(SpecInferSettings([1, 2, 3])).budget(Context("", [0], 1))
+    draft = TreeDraft(DraftVocabulary(torch.arange(10, 10 + R), num_tokens=100), 100)
+    contexts, generators = [Context("", [99], 1)] * 2, [torch.Generator().manual_seed(number) for number in range(2)]
+    trees = draft.begin(contexts, [budget, budget.within(2)], Sampling(temperature), generators, lambda step: True)
+    trees.extend_to_the_end(slots_SKR, slots_SKR)
+    for sequence, (one, levels) in enumerate(zip(trees.proposals(), ([1, 2, 3], [1, 2]), strict=True)):
+        depths = one.depths_N.tolist()
+        # With replacement a token may be drawn twice: the second one has no children.
+        assert [depths.count(level) for level in (1, 2)] == levels[:2]
+        assert max(depths) == len(levels)
+        for node, row in enumerate([] if one.q_row_N is None else one.q_row_N.tolist()):
+            if row >= 0:
+                wanted_R = slots_SKR[sequence, depths[node]].softmax(-1)
+                assert torch.allclose(one.q_rows_RV[row, 10 : 10 + R], wanted_R)
+        assert (one.q_row_N is None) == (temperature == 0)

@@ -147,7 +147,7 @@ class Trees:
         places = range(len(logits_MW))
         self._grow(
             places,
-            self._children(rows, places),
+            self._children(rows, places, most=self._wanted()),
             rows,
             states_MD,
             confidence_M,
@@ -165,11 +165,21 @@ class Trees:
         """
         slots = logits_SKW.shape[1]
         rows, states_ND = self._rows(logits_SKW.flatten(0, 1)), states_SKD.flatten(0, 1)
-        known = self._children(rows, range(len(rows.logits_NR))) if self._sampling is None else None
+        known = None
+        if self._sampling is None and self.growing:
+            most = max(tree.growth.budget.width for tree in self._trees)
+            known = self._children(rows, range(len(rows.logits_NR)), most=most)
         while self.growing:
             places = [sequence * slots + depth for sequence, depth in self.open]
-            children = self._children(rows, places) if known is None else [known[place] for place in places]
+            children = (
+                self._children(rows, places, most=self._wanted())
+                if known is None
+                else [known[place] for place in places]
+            )
             self._grow(places, children, rows, states_ND)
+
+    def _wanted(self) -> int:
+        return max((tree.growth.wanted for tree, _ in self._open()), default=0)
 
     def _open(self) -> Iterator[tuple[_Tree, int]]:
         return ((tree, node) for tree in self._trees for node in tree.growth.frontier)
@@ -181,10 +191,9 @@ class Trees:
     def _rows(self, logits_NW: Tensor) -> Rows:
         return Rows(self._vocabulary.logits(logits_NW), self._sampling)
 
-    def _children(self, rows: Rows, places: Sequence[int]) -> list[list[Child]]:
-        """Return the possible children of nodes with these rows, in draw order."""
-        wanted = max(tree.growth.wanted for tree, _ in self._open())
-        count = min(wanted, rows.logits_NR.shape[-1])
+    def _children(self, rows: Rows, places: Sequence[int], *, most: int) -> list[list[Child]]:
+        """Return up to `most` possible children of nodes with these rows, in draw order."""
+        count = min(most, rows.logits_NR.shape[-1])
         if self._sampling is None:
             places_MK, log_q_MK = rows.best(count)
         else:
