@@ -251,6 +251,19 @@ def test_problems_of_overrides_name_them():
     }
 
 
+def test_a_tree_of_a_drafter_that_drafts_chains_is_refused_before_anything_is_trained():
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(
+            "tiny_kangaroo",
+            ["eval.length={kind: rsd_s}", "eval.also=[{kind: tree}, {kind: fixed, num_draft_tokens: 3}]"],
+        )
+    text = "is a tree, and drafter.kind kangaroo drafts chains only: use kind fixed or confidence"
+    assert f"eval.length: rsd_s {text}" in str(caught.value)
+    assert f"eval.also: tree {text}" in str(caught.value)
+    assert "fixed is" not in str(caught.value)
+    assert load_recipe("tiny_medusa", ["eval.length={kind: rsd_s}"]).eval.length.depth == 5
+
+
 def test_formats_and_engines_that_cannot_take_the_kind_are_refused_before_anything_is_trained():
     def problems(*overrides: str) -> str:
         with pytest.raises(RecipeError) as caught:

@@ -10,7 +10,7 @@ import torch
 from drafttrain.drafters import keys_and_values
 from drafttrain.drafters.decoding_layer import TurnTable
 from drafttrain.drafters.eagle.decoding import DecodingEagle
-from drafttrain.drafters.eagle.drafts import DraftNode
+from drafttrain.drafters.tree_draft import DraftNode
 from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer
 from tests.drafters.eagle_models import chain_logits, eagle_drafter, eagle_target

@@ -1,4 +1,4 @@
-"""The dynamic tree against brute force: it has the likeliest nodes of all that a beam has scored."""
+"""The tree without a form (EAGLE-2's) against brute force: it has the likeliest nodes of all that a beam has scored."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from drafttrain.core.proposals import Budget, DraftStep
-from drafttrain.drafters.eagle.drafts import DraftTree
+from drafttrain.core.proposals import Budget, Context, DraftStep
+from drafttrain.core.texts import Sampling
+from drafttrain.core.vocabulary import DraftVocabulary
+from drafttrain.drafters.tree_draft import TreeDraft, Trees
+from drafttrain.eval.length.specinfer import SpecInfer, SpecInferSettings
 
 R = 5
 
@@ -20,20 +23,25 @@ def distribution(path: tuple[int, ...]) -> torch.Tensor:
     return 2 * torch.randn(R, generator=generator, dtype=torch.float64)
 
 
+def begun(budget: Budget, *, first: int = 10, more: Any = lambda step: True) -> Trees:
+    draft = TreeDraft(DraftVocabulary(torch.arange(first, first + R), num_tokens=100), 100)
+    return draft.begin([Context("", [99], 1)], [budget], Sampling(), [torch.Generator()], more)
+
+
 def grown(budget: Budget, *, more: Any = lambda step: True) -> Any:
     """Return the tree that the distributions above give; the states carry the paths, so a wrong parent would be noticed."""
-    tree = DraftTree(99, budget, sequence=0, vocabulary_R=torch.arange(10, 10 + R), more=more)
+    trees = begun(budget, more=more)
     read: list[tuple[int, ...]] = []
-    tree.grow(distribution(())[None], torch.zeros(1, 1))
-    while tree.frontier:
+    trees.extend(distribution(())[None], torch.zeros(1, 1))
+    while trees.growing:
         paths = []
-        for node in tree.frontier:
+        for node in trees.frontiers[0]:
             before = read[node.parent] if node.parent >= 0 else ()
             paths.append((*before, node.token - 10))
             assert len(paths[-1]) == node.depth
         read += paths
-        tree.grow(torch.stack([distribution(path) for path in paths]), torch.zeros(len(paths), 1))
-    return tree.proposal()
+        trees.extend(torch.stack([distribution(path) for path in paths]), torch.zeros(len(paths), 1))
+    return trees.proposals()[0]
 
 
 def paths_of(proposal: Any) -> set[tuple[int, ...]]:
@@ -75,12 +83,11 @@ def test_every_node_comes_after_its_parent_even_with_equal_scores():
     proposal = grown(Budget(12, 4, width=3))
     assert all(parent < node for node, parent in enumerate(proposal.parents_N.tolist()))
     # A child that is certain is as likely as its parent: the parent is kept first.
-    tree = DraftTree(99, Budget(2, 3, 2), sequence=0, vocabulary_R=torch.arange(R), more=lambda step: True)
-    tree.grow(torch.tensor([[0.0, 0.0, -9.0, -9.0, -9.0]]), torch.zeros(1, 1))
-    while tree.frontier:
-        certain = torch.tensor([[200.0, 0.0, 0.0, 0.0, 0.0]]).expand(len(tree.frontier), -1)
-        tree.grow(certain, torch.zeros(len(tree.frontier), 1))
-    assert tree.proposal().parents_N.tolist() == [-1, 0, 0]
+    trees = begun(Budget(2, 3, 2))
+    trees.extend(torch.tensor([[0.0, 0.0, -9.0, -9.0, -9.0]]))
+    while trees.growing:
+        trees.extend(torch.tensor([[200.0, 0.0, 0.0, 0.0, 0.0]]).expand(len(trees.open), -1))
+    assert trees.proposals()[0].parents_N.tolist() == [-1, 0, 0]
 
 
 def test_the_length_policy_is_asked_of_every_node_of_the_frontier():
@@ -97,3 +104,24 @@ def test_the_length_policy_is_asked_of_every_node_of_the_frontier():
     for step in asked[1:3]:
         assert step.token is not None
         assert torch.equal(step.logits_V, distribution((step.token - 10,)))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_slots_give_every_place_of_a_shape_its_children(temperature):
+    """All distributions are known before the first draw; a place deep in the tree may have more children than the root."""
+    slots_SKR = torch.randn(2, 3, R, generator=torch.Generator().manual_seed(0))
+    budget = SpecInfer(SpecInferSettings([1, 2, 3])).budget(Context("", [0], 1))
+    draft = TreeDraft(DraftVocabulary(torch.arange(10, 10 + R), num_tokens=100), 100)
+    contexts, generators = [Context("", [99], 1)] * 2, [torch.Generator().manual_seed(number) for number in range(2)]
+    trees = draft.begin(contexts, [budget, budget.within(2)], Sampling(temperature), generators, lambda step: True)
+    trees.extend_to_the_end(slots_SKR, slots_SKR)
+    for sequence, (one, levels) in enumerate(zip(trees.proposals(), ([1, 2, 3], [1, 2]), strict=True)):
+        depths = one.depths_N.tolist()
+        # With replacement a token may be drawn twice: the second one has no children.
+        assert [depths.count(level) for level in (1, 2)] == levels[:2]
+        assert max(depths) == len(levels)
+        for node, row in enumerate([] if one.q_row_N is None else one.q_row_N.tolist()):
+            if row >= 0:
+                wanted_R = slots_SKR[sequence, depths[node]].softmax(-1)
+                assert torch.allclose(one.q_rows_RV[row, 10 : 10 + R], wanted_R)
+        assert (one.q_row_N is None) == (temperature == 0)

@@ -104,6 +104,11 @@ def chi_square(
     return float(stats.chisquare(observed, expected, sum_check=False).pvalue)
 
 
+def power(samples: int, distance: float, freedom: int, *, level: float = 1e-3) -> float:
+    """Return the chance that a chi-square test finds an output at least so far from the target's, in total variation."""
+    return float(stats.ncx2.sf(stats.chi2.isf(level, freedom), freedom, 4 * samples * distance**2))
+
+
 def rounds_of_replay(
     target: Target, drafter: Drafter, prompts: Sequence[Prompt], *, temperature: float, num_draft_tokens: Sequence[int]
 ) -> list[Tensor]:

@@ -91,9 +91,12 @@ def test_a_dynamic_tree_with_room_for_all_is_the_best_tree_by_brute_force():
     for path in [(a,) for a in range(3)]:
         log_probs[path] = torch.randn(3, generator=generator).softmax(-1).log()
     tree = DynamicTree(9, Budget(nodes=7, depth=2, width=3))
-    tree.grow(log_probs[()][None])
-    tree.grow(torch.stack([log_probs[(tree.tokens[node],)] for node in tree.frontier]))
-    proposal = tree.proposal()
+    while tree.frontier:
+        paths = [() if node == 0 else (tree.tokens[node],) for node in tree.frontier]
+        tree.grow([sorted(enumerate(log_probs[path].tolist()), key=lambda one: -one[1]) for path in paths])
+    chosen = tree.chosen()
+    place = {0: 0} | {node: number for number, node in enumerate(chosen, start=1)}
+    proposal = fixed_tree(9, [(tree.tokens[node], place[tree.parents[node]]) for node in chosen])
     paths = [()]
     for token, parent in zip(proposal.tokens_N.tolist()[1:], proposal.parents_N.tolist()[1:], strict=True):
         paths.append((*paths[parent], token))

@@ -42,12 +42,14 @@ class Script:
         return self._choose(probs_V.tolist())
 
 
-def outcomes(run: Callable[[Script], tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+def outcomes(
+    run: Callable[[Script], tuple[int, ...]], script_of: Callable[[list[int]], Script] = Script
+) -> dict[tuple[int, ...], float]:
     """Return the distribution of what `run` returns, over all decisions."""
     found: dict[tuple[int, ...], float] = defaultdict(float)
     decisions: list[int] = []
     while True:
-        script = Script(decisions)
+        script = script_of(decisions)
         outcome = run(script)
         found[outcome] += script.probability
         decisions = [choice for choice, _ in script.taken]

@@ -99,6 +99,10 @@ def test_a_special_token_behind_the_rows_is_a_note(place: Path, capsys: pytest.C
             "drafter.draft_vocab_size must be 1..257 for target, got 258",
         ),
         (["drafter={kind: eagle3, taps: [0, 1, 2]}"], "drafter.taps must be 0..1 for target (2 layers), got [0, 1, 2]"),
+        (
+            ["drafter={kind: eagle3, draft_vocab_size: 200}", "eval.length={kind: rsd_c, branching: [201]}"],
+            "eval.length: rsd_c has up to 201 children of a node, and the drafter drafts 200 tokens",
+        ),
         (["drafter={kind: kangaroo, exit_layer: 2}"], "drafter.exit_layer must be 1..1 for target (2 layers), got 2"),
         (
             ["drafter={kind: causal_lm, init: target, num_layers: 3}"],

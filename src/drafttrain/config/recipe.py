@@ -103,6 +103,7 @@ class Recipe:
                     f"eval.schedule: pipelined needs a drafter.kind causal_lm that reads the target's tokens, got {self.drafter.kind}"
                     f"{' with a tokenizer of its own' if self.drafter.kind == 'causal_lm' else ''}: use serial"
                 )
+        problems += self._trees()
         problems += self._numbered_devices()
         if "gain_over_start" in self.export.require and not self.eval.start:
             problems.append("export.require.gain_over_start: the start is not evaluated with eval.start: false")
@@ -138,6 +139,13 @@ class Recipe:
         if made_of is not None and any(readers.values()) and not made_of.predicts_confidence(self.drafter):
             has_none = f"a prediction of acceptance, and drafter.kind {self.drafter.kind} with these settings has none"
             yield from (f"{what} {has_none}" for what, is_there in readers.items() if is_there)
+
+    def _trees(self) -> Iterator[str]:
+        """Yield the length policies that ask for trees of a drafter that drafts none."""
+        made_of = _component(self.drafter)
+        for key, length in self.eval.lengths():
+            if made_of is not None and not made_of.drafts_trees and getattr(length, "most_children", 1) > 1:
+                yield f"{key}: {length.kind} is a tree, and drafter.kind {self.drafter.kind} drafts chains only: use kind fixed or confidence"
 
     def _exports(self) -> Iterator[str]:
         """Yield the formats and engines that do not support what this recipe trains."""

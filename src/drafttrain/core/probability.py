@@ -1,6 +1,6 @@
 """The arithmetic of speculative decoding: sampling rules, acceptance rate, residual.
 
-N = rows, V = vocabulary, R = the drafter's vocabulary, a part of it
+N = rows, V = vocabulary, R = the drafter's vocabulary, a part of it, K = draws from one row
 """
 
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from drafttrain.core.proposals import DrawMode
 from drafttrain.core.texts import Sampling
 
 ARGMAX_BLOCK = 64
@@ -125,3 +126,31 @@ def draw_each(probs_NV: Tensor, generators: Sequence[torch.Generator | None]) ->
     index_N1 = torch.searchsorted(below_NV, wanted_N1, right=True).clamp(max=probs_NV.shape[-1] - 1)
     drawn: list[int] = index_N1[:, 0].tolist()
     return drawn
+
+
+def draw_in_order(
+    probs_NV: Tensor, generators: Sequence[torch.Generator | None], *, count: int, mode: DrawMode
+) -> tuple[Tensor, Tensor]:
+    """Return (tokens_NK, probs_NK): `count` tokens of each row as they are drawn one after the other, and their probabilities.
+
+    Without replacement this is Gumbel-top-k, with `count` random numbers for a row instead of one for each token: the k-th largest
+    of log q + Gumbel noise has the distribution q without the tokens of the k - 1 larger ones. Probability 0: no token was left.
+
+    Source: Kool et al. 2019, arXiv 1903.06059, appendix A, for the order of the perturbed log-probabilities.
+    """
+    uniforms_NK = torch.stack([torch.rand(count, dtype=torch.float64, generator=generator) for generator in generators])
+    return draw_at(probs_NV, uniforms_NK.to(probs_NV.device), mode=mode)
+
+
+def draw_at(probs_NV: Tensor, uniforms_NK: Tensor, *, mode: DrawMode) -> tuple[Tensor, Tensor]:
+    """Return (tokens_NK, probs_NK) as `draw_in_order` does, at these numbers of [0, 1)."""
+    left_NV, tokens, probs = probs_NV, [], []
+    for uniform_N1 in uniforms_NK.split(1, dim=-1):
+        below_NV = left_NV.cumsum(dim=-1, dtype=torch.float64)
+        token_N1 = torch.searchsorted(below_NV, below_NV[:, -1:] * uniform_N1, right=True)
+        token_N1.clamp_(max=probs_NV.shape[-1] - 1)
+        tokens.append(token_N1)
+        probs.append(left_NV.gather(-1, token_N1))
+        if mode is DrawMode.WITHOUT_REPLACEMENT:
+            left_NV = left_NV.scatter(-1, token_N1, 0.0)
+    return torch.cat(tokens, dim=-1), torch.cat(probs, dim=-1)

@@ -6,13 +6,15 @@ B = sequences, T = positions, V = vocabulary, D = hidden, K = draft depth, N = r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from drafttrain.core.tree_growth import TreeForm
 
 
 class Exactness(Enum):
@@ -57,12 +59,14 @@ class Budget:
     """Most children of a node."""
     states: bool = False
     """The policy reads `DraftStep.hidden_D`, which takes the drafter some time."""
+    form: TreeForm | None = None
+    """How a tree grows; None: its nodes are the drafter's likeliest ones."""
 
     def within(self, depth: int) -> Budget:
         """Return the budget limited to a depth, and to the nodes of a full tree of that depth and width."""
         depth = min(self.depth, depth)
         full = sum(self.width**level for level in range(1, depth + 1))
-        return Budget(min(self.nodes, full), depth, self.width, self.states)
+        return replace(self, nodes=min(self.nodes, full), depth=depth)
 
 
 class More(Enum):
@@ -203,6 +207,8 @@ class Verdict:
     """Depth of the deepest node that was drafted."""
     reason: str
     """reject, leaf, eos or length."""
+    tested: Sequence[tuple[int, bool]] = ()
+    """By node of the path that has children: how many of them were rejected, and whether the next one was accepted."""
 
     @property
     def num_accepted(self) -> int:

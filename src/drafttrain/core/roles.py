@@ -140,10 +140,10 @@ class SchedulesBatch(Protocol):
 
 @runtime_checkable
 class CostAware(Protocol):
-    """A length policy that weighs tokens against time. It is calibrated on a few outputs before the measured ones."""
+    """A length policy that measures before it decides. It is calibrated on a few outputs before the measured ones."""
 
-    def calibrate(self, generations: Sequence[Generation]) -> None:
-        """Estimate the cost of a draft token and of a target call from the times of these outputs."""
+    def calibrate(self, generations: Sequence[Generation], events: Sequence[ForwardEvent] = ()) -> None:
+        """Estimate what it needs from these outputs and the calls of both models that wrote them."""
         ...
 
 

@@ -41,6 +41,8 @@ class Drafter(nn.Module, ABC):
     """In training, its forward computes only the positions that the rows of its loss need."""
     writes_text: ClassVar[bool] = False
     """It reads nothing of the target, so that its `language_model` continues any text, also during training."""
+    drafts_trees: ClassVar[bool] = True
+    """Its proposer drafts a tree where a length policy asks for one."""
     draft: str = "sampled"
     """At temperature > 0: `sampled` draws from its distribution; `greedy` takes the argmax, as some engines draft."""
     drafts_strings: bool = False

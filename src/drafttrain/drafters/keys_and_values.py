@@ -48,6 +48,12 @@ class KeysAndValues:
         for states, columns in zip(self._states, new, strict=True):
             states.transpose(1, 2)[rows_B1, columns_BN] = columns.transpose(1, 2)
 
+    def move(self, columns_BN: Tensor, *, first: int) -> None:
+        """Copy each sequence's columns `columns_BN` to its columns `first`, `first` + 1, ..."""
+        for states in self._states:
+            index = columns_BN[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+            states.narrow(2, first, columns_BN.shape[1]).copy_(states.gather(2, index))
+
     def first(self, columns: int) -> tuple[Tensor, Tensor]:
         """Return (keys_BGCd, values_BGCd) of the first columns."""
         keys, values = self._states

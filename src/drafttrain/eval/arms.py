@@ -88,7 +88,9 @@ class Arm:
         """Decode the first prompt, and calibrate a length policy that weighs tokens against time."""
         self.engine.generate(prompts[:1])
         if isinstance(self.engine.policy, CostAware):
-            self.engine.policy.calibrate(self.engine.generate(prompts[:CALIBRATION_PROMPTS]))
+            self.ledger.events.clear()
+            generations = self.engine.generate(prompts[:CALIBRATION_PROMPTS])
+            self.engine.policy.calibrate(generations, self.ledger.events)
         self.ledger.events.clear()
 
     def tokens_and_seconds(self) -> tuple[list[int], list[float]]:

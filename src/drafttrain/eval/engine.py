@@ -178,14 +178,15 @@ class Engine:
         )
         drafted = proposal.tokens_N.tolist()
         tokens = [*(drafted[node] for node in path[1:]), *([] if token is None else [token])]
-        reason = "leaf" if path[-1] not in proposal.parents_N.tolist() else "reject"
+        tested = _tested(proposal.parents_N.tolist(), path)
+        reason = "reject" if len(tested) == len(path) else "leaf"
         end = next((place for place, emitted in enumerate(tokens) if emitted in self._stop_tokens), None)
         if end is not None:
             # An accepted end of text cuts the block: tokens after it are neither accepted nor emitted.
             tokens, path, reason = tokens[: end + 1], path[: end + 2], "eos"
         elif sequence.num_new + len(tokens) >= self.max_new_tokens:
             reason = "length"
-        return Verdict(path, tokens, proposal.num_draft_tokens, int(proposal.depths_N.max()), reason)
+        return Verdict(path, tokens, proposal.num_draft_tokens, int(proposal.depths_N.max()), reason, tested)
 
     def _sequence(self, prompt: Prompt) -> _Sequence:
         if not prompt.tokens:
@@ -211,6 +212,18 @@ def _commit(sequence: _Sequence, verdict: Verdict) -> None:
             reason=verdict.reason,
         )
     )
+
+
+def _tested(parents: Sequence[int], path: Sequence[int]) -> list[tuple[int, bool]]:
+    """Return, by node of a path that has children, how many of them were rejected, and whether the next one was accepted."""
+    found = []
+    for node, accepted in zip(path, [*path[1:], None], strict=True):
+        children = [child for child, parent in enumerate(parents) if parent == node]
+        if accepted is not None:
+            found.append((children.index(accepted), True))
+        elif children:
+            found.append((len(children), False))
+    return found
 
 
 def _state_for_rule(needs: TargetNeeds, output: TargetOutput) -> Tensor | None:

@@ -94,7 +94,7 @@ class EvalSettings:
         problems = [] if self.temperatures else ["temperatures: at least one is needed"]
         lists = {name: getattr(self, name) for name in ("prompts", "validation_prompts")}
         problems += [f"{name}: at least one file is needed" for name, files in lists.items() if not files]
-        labels = [length_label(length) for length in (self.length, *self.also)]
+        labels = [length_label(length) for _, length in self.lengths()]
         for label in dict.fromkeys(label for label in labels if labels.count(label) > 1):
             problems.append(f"also: {label} occurs twice (eval.length counts)")
         beside = [TrainingFree(one).label for one in self.beside]
@@ -108,6 +108,10 @@ class EvalSettings:
         if PLAIN.label in beside:
             problems.append(f"beside: {PLAIN.label} is plain decoding, which every evaluation has")
         return problems
+
+    def lengths(self) -> list[tuple[str, Any]]:
+        """Return every length policy with its key in a recipe."""
+        return [("eval.length", self.length), *(("eval.also", length) for length in self.also)]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the section as eval.json holds it: every component with its kind."""
@@ -135,6 +139,7 @@ def length_label(length: Any) -> str:
     """Return the label of a length policy: its kind, its first setting, and others that differ from the default."""
     first, *others = [field for field in fields(length) if field.name != "head"]
     value = getattr(length, first.name)
-    words = [length.kind, *([f"{value:g}"] if value is not None else [])]
+    numbers = value if isinstance(value, list) else [] if value is None else [value]
+    words = [length.kind, *(["-".join(f"{one:g}" for one in numbers)] if numbers else [])]
     changed = [other.name for other in others if getattr(length, other.name) != other.default]
     return ", ".join([" ".join(words), *(f"{name} {getattr(length, name)}" for name in changed)])

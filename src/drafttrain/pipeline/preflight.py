@@ -157,6 +157,10 @@ def _sizes(target: ModelParts, recipe: Recipe) -> Iterator[str]:
     size = getattr(settings, "draft_vocab_size", None)
     if size is not None and size > target.num_ids and size != target.num_rows:
         yield f"drafter.draft_vocab_size must be 1..{target.num_ids} for {target.name}, got {size}"
+    can_draft = min(size or target.num_ids, target.num_ids)
+    for key, length in recipe.eval.lengths():
+        if length.most_children > can_draft:
+            yield f"{key}: {length.kind} has up to {length.most_children} children of a node, and the drafter drafts {can_draft} tokens"
     layers = getattr(target.config, "num_hidden_layers", None)
     if not isinstance(layers, int):
         return

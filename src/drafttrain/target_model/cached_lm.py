@@ -26,7 +26,7 @@ from drafttrain.target_model.block_range import block_range
 from drafttrain.target_model.grouped_attention import GroupedAttention
 from drafttrain.target_model.model_weights import ModelWeights
 from drafttrain.target_model.positions import position_limit
-from drafttrain.target_model.ragged_cache import RaggedCache, Tree, is_chain
+from drafttrain.target_model.ragged_cache import RaggedCache, Tree
 
 FULL_ATTENTION = ("full_attention", "attention")
 SLIDING_ATTENTION = ("sliding_attention", "chunked_attention", "local_attention")
@@ -248,8 +248,8 @@ class CachedLM:
         sizes = [len(nodes) for nodes in tokens]
         width = max(sizes)
         span = Span(self.device)
-        trees = [None] * len(tokens) if parents is None else [None if is_chain(tree) else tree for tree in parents]
         caches = self._caches_of(running)
+        trees = caches[0].trees(sizes, parents)
         tokens_BN = torch.tensor([[*nodes, *[0] * (width - len(nodes))] for nodes in tokens])
         positions_BN = self._positions(caches[0], sizes, trees, width=width)
         # One copy to the device for both.
@@ -272,7 +272,7 @@ class CachedLM:
             output = (self.model if needs.logits else self._trunk)(**arguments)
         lengths = caches[0].lengths
         for cache in caches:
-            cache.appended(sizes, width=width)
+            cache.appended(sizes, trees, width=width)
         if self.listener is not None:
             head_rows = sum(sizes) if needs.logits else 0
             shape = ForwardShape.of(sizes, lengths, num_layers=len(running), head_rows=head_rows)

@@ -15,12 +15,15 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.target_model.growing_layer import GrowingCache
 
 Tree = Sequence[int]
-"""The parent of every node of a call, -1 for a child of the last cached token; a chain is -1, 0, 1, ..."""
+"""The parent of every node of a call, as its number among the pending tokens; -1: the last token that was kept.
+
+Tokens are pending from the call that reads them to the next `keep`. If none were, a chain is -1, 0, 1, ...
+"""
 
 
-def is_chain(parents: Tree) -> bool:
-    """Return whether every node is the child of the one before it."""
-    return all(parent == index - 1 for index, parent in enumerate(parents))
+def is_chain(parents: Tree, *, after: int = 0) -> bool:
+    """Return whether every node is the child of the one before it, the first one of the last of `after` pending tokens."""
+    return all(parent == index - 1 for index, parent in enumerate(parents, start=after))
 
 
 def depths(parents: Tree) -> list[int]:
@@ -33,10 +36,13 @@ def depths(parents: Tree) -> list[int]:
 
 def ancestors(parents: Tree) -> Tensor:
     """Return allowed_NN: the nodes that each node may attend to, including itself."""
-    allowed_NN = torch.eye(len(parents), dtype=torch.bool)
+    paths: list[list[int]] = []
     for index, parent in enumerate(parents):
-        if parent >= 0:
-            allowed_NN[index] |= allowed_NN[parent]
+        paths.append([*paths[parent], index] if parent >= 0 else [index])
+    allowed_NN = torch.zeros(len(parents), len(parents), dtype=torch.bool)
+    if paths:
+        rows = [index for index, path in enumerate(paths) for _ in path]
+        allowed_NN[rows, [node for path in paths for node in path]] = True
     return allowed_NN
 
 
@@ -58,22 +64,34 @@ class RaggedCache:
         """Cached tokens by sequence, including pending ones."""
         self.kept = [0] * num_sequences
         """Cached tokens by sequence at the last `keep`."""
+        self._pending: list[list[int]] | None = None
+        """By sequence, the parents of the pending tokens (see `Tree`); None: all of them form chains."""
         self.columns = 0
         """Columns in use, including pending tokens and padding."""
         self._real_BC: Tensor | None = None
         """Which columns contain a token; None: all do."""
 
+    def trees(self, sizes: Sequence[int], parents: Sequence[Tree] | None) -> list[Tree | None]:
+        """Return the tree of each sequence's new nodes; None: they go on in a chain, as all pending tokens do."""
+        pending = [length - kept for length, kept in zip(self.lengths, self.kept, strict=True)]
+        if parents is None:
+            if self._pending is None:
+                return [None] * len(sizes)
+            parents = [range(after - 1, after - 1 + size) for after, size in zip(pending, sizes, strict=True)]
+        if self._pending is None and all(is_chain(tree, after=n) for tree, n in zip(parents, pending, strict=True)):
+            return [None] * len(sizes)
+        return list(parents)
+
     def positions(self, sizes: Sequence[int], trees: Sequence[Tree | None], *, width: int) -> Tensor:
         """Return the position of every node; 0 for padding."""
-        return torch.tensor(
-            [
-                [
-                    *(range(length, length + size) if tree is None else (length + depth for depth in depths(tree))),
-                    *[0] * (width - size),
-                ]
-                for length, size, tree in zip(self.lengths, sizes, trees, strict=True)
-            ]
-        )
+        rows = []
+        for row, (length, size, tree) in enumerate(zip(self.lengths, sizes, trees, strict=True)):
+            own = list(range(length, length + size))
+            if tree is not None:
+                before = self._before(row)
+                own = [self.kept[row] + depth for depth in depths([*before, *tree])[len(before) :]]
+            rows.append([*own, *[0] * (width - size)])
+        return torch.tensor(rows)
 
     def allowed(self, trees: Sequence[Tree | None], *, width: int) -> Tensor | None:
         """Return which columns, then nodes, each node may attend to; None: plain causal attention is right."""
@@ -85,13 +103,17 @@ class RaggedCache:
         new_BNN = allowed_BNC[:, :, self.columns :]
         new_BNN.tril_()
         for row, tree in enumerate(trees):
-            if tree is not None:
-                new_BNN[row, : len(tree), : len(tree)] = ancestors(tree)
+            if tree:
+                before = self._before(row)
+                columns = [*self._pending_columns(row), *range(self.columns, self.columns + len(tree))]
+                allowed_BNC[row, : len(tree), columns] = ancestors([*before, *tree])[len(before) :]
         return allowed_BNC
 
-    def appended(self, sizes: Sequence[int], *, width: int) -> None:
+    def appended(self, sizes: Sequence[int], trees: Sequence[Tree | None] = (), *, width: int) -> None:
         """Register the nodes that a call of the model has just added to the layers."""
         self._check_layers(width)
+        if any(tree is not None for tree in trees):
+            self._pending = [[*self._before(row), *(tree or ())] for row, tree in enumerate(trees)]
         if self._real_BC is not None or min(sizes) < width:
             new_BN = torch.arange(width) < torch.tensor(sizes)[:, None]
             self._real_BC = torch.cat([self._real(), new_BN], dim=1)
@@ -100,6 +122,7 @@ class RaggedCache:
 
     def commit(self) -> None:
         """Keep all pending tokens, as after a prefill."""
+        assert self._pending is None, "of a tree only a path can be kept"
         self.kept = list(self.lengths)
 
     def keep(self, nodes: Sequence[Sequence[int]]) -> None:
@@ -113,6 +136,7 @@ class RaggedCache:
             layer.show(width)
         self.lengths = lengths
         self.kept = list(lengths)
+        self._pending = None
         self._fit(width)
 
     def cut(self, lengths: Sequence[int]) -> None:
@@ -154,6 +178,20 @@ class RaggedCache:
         for layer in self._layers():
             columns_BW = columns_BW.to(layer.device)  # one copy if all layers are on one device
             layer.move(columns_BW, first=first)
+
+    def _before(self, row: int) -> list[int]:
+        """Return the parents of a sequence's pending tokens."""
+        if self._pending is not None:
+            return self._pending[row]
+        return list(range(-1, self.lengths[row] - self.kept[row] - 1))
+
+    def _pending_columns(self, row: int) -> list[int]:
+        """Return the columns of a sequence's pending tokens, in the order in which they were read."""
+        if self.lengths[row] == self.kept[row]:
+            return []
+        real_C = self._real()[row].nonzero()[:, 0]
+        columns: list[int] = real_C[self.kept[row] :].tolist()
+        return columns
 
     def _real(self) -> Tensor:
         """Return real_BC: which columns contain a token."""

@@ -60,10 +60,11 @@ def _is_unchanged(module: nn.Module) -> bool:
 
 
 class DecodingLM:
-    """A causal LM and the cache of the sequences that it reads, like `CachedLM`, for chains that are kept from the left.
+    """A causal LM and the cache of the sequences that it reads, like `CachedLM`.
 
     Weights are prepared once: later changes of the model do not reach it. Every sequence fills its columns from the left, also
-    with pending tokens, so a rejected token is forgotten by its number alone. What is right of them is overwritten later.
+    with pending tokens, so the rejected end of a chain is forgotten by its number alone; the path of a tree is moved together.
+    What is right of them is overwritten later.
 
     Args:
         model: A model that `is_plain`.
@@ -77,6 +78,8 @@ class DecodingLM:
         """Tokens in the cache by sequence, including pending ones."""
         self.kept: list[int] = []
         """Tokens in the cache by sequence at the last `keep`."""
+        self._pending: list[list[int]] | None = None
+        """By sequence, the parents of the pending tokens (see `Tree`); None: all of them form chains."""
         self._listener = listener
         self._embedding_VD = trunk.embed_tokens.weight.detach()
         self._layers = [_Layer(layer) for layer in trunk.layers]
@@ -94,6 +97,7 @@ class DecodingLM:
         self.lengths = [0] * len(prompts)
         for layer in self._layers:
             layer.columns = KeysAndValues()
+        self._pending, self.kept = None, list(self.lengths)
         self.forward(prompts, needs=TargetNeeds(), prefill=True)
         self.kept = list(self.lengths)
 
@@ -136,13 +140,22 @@ class DecodingLM:
         ]
 
     def keep(self, nodes: Sequence[Sequence[int]]) -> None:
-        """Keep these of each sequence's pending tokens (the first ones, in order), and drop the others."""
-        assert all(list(chosen) == list(range(len(chosen))) for chosen in nodes)
-        self.lengths = [kept + len(chosen) for kept, chosen in zip(self.kept, nodes, strict=True)]
-        self.kept = list(self.lengths)
+        """Keep these of each sequence's pending tokens (a path down the tree), and drop the others."""
+        lengths = [kept + len(chosen) for kept, chosen in zip(self.kept, nodes, strict=True)]
+        if any(chosen and chosen[-1] != len(chosen) - 1 for chosen in nodes):
+            first, end = min(self.kept), max(lengths)
+            columns = [
+                [*range(first, kept), *(kept + node for node in chosen), *range(length, end)]
+                for kept, chosen, length in zip(self.kept, nodes, lengths, strict=True)
+            ]
+            columns_BN = torch.tensor(columns).to(self.device)
+            for layer in self._layers:
+                layer.columns.move(columns_BN, first=first)
+        self.lengths = lengths
+        self.kept, self._pending = list(self.lengths), None
 
     def cut(self, lengths: Sequence[int]) -> None:
-        """Keep only the first tokens of each sequence, also of those that were kept before."""
+        """Keep only the first tokens of each sequence, also of those that were kept before; all pending ones form chains."""
         self.lengths = [min(old, new) for old, new in zip(self.lengths, lengths, strict=True)]
         self.kept = list(self.lengths)
 
@@ -160,7 +173,18 @@ class DecodingLM:
         """Return final_BND, and write the columns of these tokens."""
         starts, end = self.lengths, max(self.lengths) + width
         columns = [list(range(start, start + width)) for start in starts]
-        positions = columns if parents is None else _positions(starts, parents, width=width)
+        if parents is None and self._pending is not None:
+            parents = [
+                range(self._num_pending(row) - 1, self._num_pending(row) - 1 + len(nodes))
+                for row, nodes in enumerate(tokens)
+            ]
+        positions = columns
+        if parents is not None:
+            self._pending = [[*self._before(row), *tree] for row, tree in enumerate(parents)]
+            positions = [
+                [kept + depth for depth in [*depths(whole)[len(whole) - len(tree) :], *[0] * (width - len(tree))]]
+                for kept, whole, tree in zip(self.kept, self._pending, parents, strict=True)
+            ]
         padded = [[*nodes, *[0] * (width - len(nodes))] for nodes in tokens]
         tokens_BN, positions_BN, columns_BN = torch.tensor([padded, positions, columns]).to(self.device)
         allowed_BNC = self._allowed(parents, width=width)
@@ -185,14 +209,22 @@ class DecodingLM:
     def _allowed(self, parents: Sequence[Tree] | None, *, width: int) -> Tensor | None:
         """Return the columns that each node may attend to; None: all of them."""
         starts = self.lengths
-        if width == 1 and min(starts) == max(starts):
+        if width == 1 and min(starts) == max(starts) and self._pending is None:
             return None
         last_BN = torch.tensor(starts)[:, None] + torch.arange(width)
         allowed_BNC = torch.arange(max(starts) + width) <= last_BN[:, :, None]
         for row, tree in enumerate(parents or ()):
-            start, size = starts[row], len(tree)
-            allowed_BNC[row, :size, start : start + size] = ancestors(tree)
+            kept, end = self.kept[row], starts[row] + len(tree)
+            assert self._pending is not None
+            allowed_BNC[row, : len(tree), kept:end] = ancestors(self._pending[row])[end - kept - len(tree) :]
         return allowed_BNC
+
+    def _num_pending(self, row: int) -> int:
+        return self.lengths[row] - self.kept[row]
+
+    def _before(self, row: int) -> list[int]:
+        """Return the parents of a sequence's pending tokens."""
+        return list(range(-1, self._num_pending(row) - 1)) if self._pending is None else self._pending[row]
 
     def _event(self, shape: ForwardShape, *, prefill: bool, span: Span) -> ForwardEvent:
         cached = sum(layer.columns.bytes_per_column() for layer in self._layers)
@@ -239,11 +271,3 @@ def _norm(module: Any) -> Callable[[Tensor], Tensor]:
     """Return transformers' RMS norm as a function: in float32 for every type, and rounded before the weight."""
     weight_D, eps = module.weight.detach(), module.variance_epsilon
     return lambda states: weight_D * rms_norm(states.float(), weight_D.shape, None, eps).to(states.dtype)
-
-
-def _positions(starts: Sequence[int], trees: Sequence[Tree], *, width: int) -> list[list[int]]:
-    """Return the position of every node; the start for padding."""
-    return [
-        [start + depth for depth in [*depths(tree), *[0] * (width - len(tree))]]
-        for start, tree in zip(starts, trees, strict=True)
-    ]

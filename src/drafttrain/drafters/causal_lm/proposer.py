@@ -1,6 +1,6 @@
 """The proposer of the independent drafter: a causal LM that drafts chains token by token, or trees level by level.
 
-B = a batch of one, T = tokens of a call, M = nodes of the frontier, V = vocabulary, D = hidden
+B = a batch of one, T = tokens of a call, V = vocabulary, D = hidden
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.drafters.causal_lm.decoding import decoding_lm
 from drafttrain.drafters.chain_draft import ChainDraft
-from drafttrain.drafters.dynamic_tree import DynamicTree
+from drafttrain.drafters.tree_draft import TreeDraft, Trees
 
 
 class ChainProposer:
@@ -45,13 +45,18 @@ class ChainProposer:
     ) -> None:
         self._lm = decoding_lm(model, listener=listener)
         rows = int(model.get_output_embeddings().weight.shape[0])
-        self._vocabulary = DraftVocabulary(
+        vocabulary = DraftVocabulary(
             None, num_tokens=min(rows, target_vocab_size, num_tokens or target_vocab_size), only=only
         )
-        self._draft = ChainDraft(self._vocabulary, target_vocab_size, draft)
+        self._chains = ChainDraft(vocabulary, target_vocab_size, draft)
+        self._trees = TreeDraft(vocabulary, target_vocab_size, draft)
         self._contexts: list[Context] = []
         self._pending: list[int] = []
         """By sequence: how many committed tokens the last `propose` read. What it read after them are draft tokens."""
+        self._branches = False
+        """The last `propose` drafted trees."""
+        self._reads: Sequence[Sequence[int | None]] = []
+        """By sequence and node of its proposal, its number among the draft tokens that may have been read; None: it was not read."""
 
     def why_one_at_a_time(self, longest: int) -> str | None:
         """Return why sequences of up to `longest` tokens must be drafted one at a time; None: they can be batched."""
@@ -70,60 +75,61 @@ class ChainProposer:
         more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
         """Return one chain per sequence, or one tree if the budgets are wider than 1."""
-        if any(budget.width > 1 for budget in budgets):
-            return self._trees(budgets, more)
-        chains = self._draft.begin(self._contexts, budgets, sampling, generators, more)
         # Committed tokens that the cache lacks: the root, and the last draft token if the whole chain was accepted.
-        inputs = chains.where_growing(self._unread())
-        self._pending = [len(tokens) for tokens in inputs]
+        unread = [context.tokens[length:] for context, length in zip(self._contexts, self._lm.lengths, strict=True)]
+        round_of = (self._contexts, budgets, sampling, generators, more)
         needs = TargetNeeds(logits=True, final=any(budget.states for budget in budgets))
+        self._branches = any(budget.width > 1 for budget in budgets)
+        if self._branches:
+            return self._grown(self._trees.begin(*round_of), unread, needs)
+        chains = self._chains.begin(*round_of)
+        inputs = chains.where_growing(unread)
+        self._pending = [len(tokens) for tokens in inputs]
+        self._reads = [range(-1, budget.depth) for budget in budgets]
         while chains.growing:
             seen = self._lm.forward(inputs, needs=needs)
             chains.extend(*_last(seen, chains.growing))
             inputs = chains.inputs
         return chains.proposals()
 
-    def _unread(self) -> list[list[int]]:
-        """Return, by sequence, the committed tokens that the cache lacks."""
-        return [context.tokens[length:] for context, length in zip(self._contexts, self._lm.lengths, strict=True)]
-
-    def _trees(self, budgets: Sequence[Budget], more: Callable[[DraftStep], bool | More]) -> list[Proposal]:
-        """Return one FIXED tree per sequence, with one call per level.
-
-        Nodes that stay pending in the cache would be visible to all nodes of the next call. So every level reads the whole
-        tree again, and only committed text stays in the cache.
-        """
-        trees = [DynamicTree(c.tokens[-1], budget) for c, budget in zip(self._contexts, budgets, strict=True)]
-        inputs = [tokens if tree.frontier else [] for tokens, tree in zip(self._unread(), trees, strict=True)]
-        if not any(inputs):
-            return [tree.proposal() for tree in trees]
-        seen = self._lm.forward(inputs)
-        self._lm.keep([range(len(tokens)) for tokens in inputs])
-        # The root is cached now, so the calls below read the tree from node 1.
-        rows = [[len(tokens) - 1] for tokens in inputs]
-        while True:
-            for sequence, (tree, output) in enumerate(zip(trees, seen, strict=True)):
-                if tree.frontier:
-                    _grow(tree, output, rows[sequence], sequence, more, vocabulary=self._vocabulary)
-            if not any(tree.frontier for tree in trees):
-                return [tree.proposal() for tree in trees]
-            rows = [[node - 1 for node in tree.frontier] for tree in trees]
-            seen = self._lm.forward(
-                [tree.tokens[1:] if tree.frontier else [] for tree in trees],
-                parents=[[max(p - 1, -1) for p in tree.parents[1:]] if tree.frontier else [] for tree in trees],
+    def _grown(self, trees: Trees, unread: Sequence[list[int]], needs: TargetNeeds) -> list[Proposal]:
+        """Return one tree per sequence. A call reads the nodes of the frontiers, each of which attends to its own path."""
+        inputs = trees.where_growing(unread)
+        self._pending = pending = [len(tokens) for tokens in inputs]
+        parents: list[list[int]] | None = None
+        while trees.growing:
+            seen = self._lm.forward(inputs, parents=parents, needs=needs)
+            # Of the committed text only the last row is read: the root's.
+            outputs = [(out, 1 if parents is None else len(own)) for out, own in zip(seen, inputs, strict=True) if own]
+            trees.extend(
+                torch.cat([out.logits_BTV[0, -count:] for out, count in outputs if out.logits_BTV is not None]),
+                torch.cat([out.final_BTD[0, -count:] for out, count in outputs if out.final_BTD is not None])
+                if needs.final
+                else None,
             )
-            self._lm.keep([[] for _ in trees])
+            frontiers = trees.frontiers
+            inputs = [[node.token for node in own] for own in frontiers]
+            parents = [[n + node.parent for node in own] for n, own in zip(pending, frontiers, strict=True)]
+        self._reads = trees.reads()
+        return trees.proposals()
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
-        """Keep committed tokens in the cache: those read before drafting, and the accepted draft tokens."""
+        """Keep committed tokens in the cache: those read before drafting, and the accepted draft tokens that were read."""
         read = [length - kept for length, kept in zip(self._lm.lengths, self._lm.kept, strict=True)]
         if any(read):
             self._lm.keep(
                 [
-                    range(min(count, pending + verdict.num_accepted))
-                    for count, pending, verdict in zip(read, self._pending, verdicts, strict=True)
+                    [*range(pending), *(pending + place for place in places if place < count - pending)]
+                    for count, pending, places in zip(read, self._pending, self._on_path(verdicts), strict=True)
                 ]
             )
+
+    def _on_path(self, verdicts: Sequence[Verdict]) -> list[list[int]]:
+        """Return, by sequence, the number of each accepted draft token in the order of reading."""
+        return [
+            [place for node in verdict.path[1:] if (place := reads[node]) is not None]
+            for reads, verdict in zip(self._reads, verdicts, strict=True)
+        ]
 
     def continue_from(self, texts: Sequence[Sequence[int]], drafted: Sequence[Proposal]) -> None:
         """Continue from texts that need not begin with the committed ones: the cache is kept as far as the tokens agree.
@@ -132,9 +138,11 @@ class ChainProposer:
             texts: By sequence, the committed text as it is now.
             drafted: The proposals of the last round.
         """
+        # The nodes of a tree are in the cache in the order of reading: they are dropped, and those accepted read again.
+        if self._branches:
+            self._lm.keep([range(count) for count in self._pending])
         agreeing = []
         for context, text, draft, cached in zip(self._contexts, texts, drafted, self._lm.lengths, strict=True):
-            # Of a tree nothing is cached but the text before it.
             held = [*context.tokens[:-1], *draft.tokens_N.tolist()][:cached]
             # The last token is read again: the next round drafts from its logits.
             agreeing.append(min(agreement(held, text), len(text) - 1))
@@ -159,24 +167,3 @@ def _last(seen: Sequence[TargetOutput], growing: Sequence[int]) -> tuple[list[Te
     logits = [output.logits_BTV[0, -1:] for output in outputs if output.logits_BTV is not None]
     states = [output.final_BTD[0, -1:] for output in outputs if output.final_BTD is not None]
     return logits, states or None
-
-
-def _grow(
-    tree: DynamicTree,
-    output: TargetOutput,
-    rows: list[int],
-    sequence: int,
-    more: Callable[[DraftStep], bool | More],
-    *,
-    vocabulary: DraftVocabulary,
-) -> None:
-    """Add the children of a tree's frontier, whose logits are these rows of a call."""
-    assert output.logits_BTV is not None
-    # A contiguous range needs no index on the device.
-    together = rows == list(range(rows[0], rows[0] + len(rows)))
-    logits_MV = vocabulary.logits(output.logits_BTV[0, slice(rows[0], rows[-1] + 1) if together else rows])
-    expand = [
-        bool(more(DraftStep(sequence, tree.depth + 1, logits_V, token=tree.tokens[node])))
-        for node, logits_V in zip(tree.frontier, logits_MV, strict=True)
-    ]
-    tree.grow(logits_MV.float().log_softmax(dim=-1), expand)

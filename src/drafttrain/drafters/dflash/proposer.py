@@ -24,8 +24,8 @@ from drafttrain.core.weights import Weights
 from drafttrain.drafters.chain_draft import ChainDraft, Chains
 from drafttrain.drafters.dflash.cache import ContextCache
 from drafttrain.drafters.dflash.layer import Attend
-from drafttrain.drafters.dflash.trees import slot_trees
 from drafttrain.drafters.few_rows import Product
+from drafttrain.drafters.tree_draft import TreeDraft, Trees
 
 
 class BlockModel(Protocol):
@@ -80,7 +80,7 @@ class BlockModel(Protocol):
 
 
 class BlockProposer:
-    """Drafts a chain, or a tree of the slots' best tokens. Only the context is kept between rounds; of a block nothing is.
+    """Drafts a chain, or a tree of the slots' tokens. Only the context is kept between rounds; of a block nothing is.
 
     The context of position j is computed when the target has read token j: the prompt without its last token, then the root and
     the accepted tokens of each round. So the root is the first token whose features do not exist yet.
@@ -106,6 +106,7 @@ class BlockProposer:
         self._weights = model.decoding_weights()
         self._vocabulary = DraftVocabulary(model.vocabulary, num_tokens=num_tokens)
         self._draft = ChainDraft(self._vocabulary, vocab_size, model.draft)
+        self._tree_draft = TreeDraft(self._vocabulary, vocab_size, model.draft)
         self._contexts: list[Context] = []
         self._cache = ContextCache(model.num_layers, 0)
         self._unread: list[list[Tensor]] = []
@@ -132,7 +133,8 @@ class BlockProposer:
     ) -> list[Proposal]:
         """Return one chain per sequence, or one tree if its budget is wider than 1."""
         budgets = [budget.within(self._model.num_depths) for budget in budgets]
-        chains = self._draft.begin(self._contexts, budgets, sampling, generators, more)
+        round_of = (self._contexts, budgets, sampling, generators, more)
+        chains = self._draft.begin(*round_of)
         if not chains.growing:
             return chains.proposals()
         span = Span(self._device)
@@ -140,7 +142,9 @@ class BlockProposer:
         states_SKD = self._block_states()[:, : max(budget.depth for budget in budgets)]
         self._report(num_read, blocks=len(budgets), head_rows=states_SKD[..., 0].numel(), span=span)
         if any(budget.width > 1 for budget in budgets):
-            return self.trees(budgets, states_SKD, more)
+            trees = self._tree_draft.begin(*round_of)
+            self.extend_trees(trees, states_SKD)
+            return trees.proposals()
         self.extend(chains, states_SKD)
         return chains.proposals()
 
@@ -152,12 +156,12 @@ class BlockProposer:
         states_MKD = self.of_growing(chains, states_SKD)
         chains.extend(self._head(states_MKD), states_MKD)
 
-    def trees(
-        self, budgets: Sequence[Budget], states_SKD: Tensor, more: Callable[[DraftStep], bool | More]
-    ) -> list[Proposal]:
-        """Return the tree of each sequence from the states of its block."""
-        logits_SKR = self._vocabulary.logits(self._head(states_SKD))
-        return slot_trees(self._contexts, budgets, logits_SKR, states_SKD, vocabulary=self._vocabulary, more=more)
+    def extend_trees(self, trees: Trees, states_SKD: Tensor) -> None:
+        """Draft the trees from the states of the blocks: here all nodes of a level have the distribution of one slot.
+
+        Source of such trees: JetSpec, arXiv 2606.18394.
+        """
+        trees.extend_to_the_end(self._head(states_SKD), states_SKD)
 
     def of_growing(self, chains: Chains, values_S: Tensor) -> Tensor:
         """Return the rows of the sequences whose chains grow."""

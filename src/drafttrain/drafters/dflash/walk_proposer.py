@@ -6,18 +6,18 @@ W = width of the drafter's head, e = width of an embedded token, f = width of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from drafttrain.core.proposals import Budget, DraftStep, More, Proposal
 from drafttrain.drafters.chain_draft import Chains
 from drafttrain.drafters.dflash.proposer import BlockModel, BlockProposer
 from drafttrain.drafters.dflash.walk import Correction, Walk
-from drafttrain.drafters.dynamic_tree import DynamicTree
+from drafttrain.drafters.tree_draft import DraftNode, Trees
 
 
 class WalkedModel(BlockModel, Protocol):
@@ -87,67 +87,36 @@ class WalkProposer(BlockProposer):
                 )
                 alive = growing
 
-    def trees(
-        self, budgets: Sequence[Budget], states_SKD: Tensor, more: Callable[[DraftStep], bool | More]
-    ) -> list[Proposal]:
-        """Return a tree for each sequence, as EAGLE-2 grows it: the children of a node depend on its token."""
+    def extend_trees(self, trees: Trees, states_SKD: Tensor) -> None:
+        """Draft the trees: the children of a node depend on its token. A frontier may have nodes of several depths."""
         base_SKW = self._head(self._head_states(states_SKD))
-        trees = [DynamicTree(one.tokens[-1], budget) for one, budget in zip(self._contexts, budgets, strict=True)]
-        states = [{0: row_s} for row_s in self._walk.start(states_SKD[:, 0]).unbind()]
-        for place in range(states_SKD.shape[1]):
-            nodes = [(number, node) for number, tree in enumerate(trees) for node in tree.frontier]
-            if not nodes:
-                break
-            rows_M, tokens_M = torch.tensor([(number, trees[number].tokens[node]) for number, node in nodes]).T.to(
-                self._device
-            )
-            slot = self._slot(
-                place,
-                states_SKD[:, place].index_select(0, rows_M),
-                base_SKW[:, place].index_select(0, rows_M),
-                tokens_M,
-                torch.stack([states[number][node] for number, node in nodes]),
-            )
-            self._grow(trees, nodes, slot, place + 1, more)
-            for (number, node), state_s in zip(nodes, slot.state_Ms.unbind(), strict=True):
-                tree = trees[number]
-                states[number].update({child: state_s for child in tree.frontier if tree.parents[child] == node})
-        return [tree.proposal() for tree in trees]
-
-    def _grow(
-        self,
-        trees: Sequence[DynamicTree],
-        nodes: Sequence[tuple[int, int]],
-        slot: _Slot,
-        depth: int,
-        more: Callable[[DraftStep], bool | More],
-    ) -> None:
-        """Add a level to every tree. The device is read once."""
-        logits_MR = self._vocabulary.logits(slot.logits_MW)
-        width = min(max(tree.budget.width for tree in trees), logits_MR.shape[-1])
-        wide = torch.promote_types(logits_MR.dtype, torch.float32)
-        best = logits_MR.log_softmax(dim=-1, dtype=wide).topk(width, dim=-1)
-        # float64 holds scores and ids exactly.
-        scores, places = torch.stack([best.values.double(), best.indices.double()]).tolist()
-        for number, tree in enumerate(trees):
-            rows = [row for row, (sequence, _) in enumerate(nodes) if sequence == number]
-            steps = [
-                DraftStep(
-                    number,
-                    depth,
-                    logits_MR[row],
-                    slot.states_MD[row],
-                    token=tree.tokens[nodes[row][1]],
-                    confidence=None if slot.confidence_M is None else slot.confidence_M[row],
+        start_Ss = self._walk.start(states_SKD[:, 0])
+        roots = [
+            DraftNode(one.tokens[-1], 0, -1, state_s)
+            for one, state_s in zip(self._contexts, start_Ss.unbind(), strict=True)
+        ]
+        nodes = [(number, roots[number]) for number in trees.growing]
+        while nodes:
+            slots: list[_Slot] = []
+            # By depth: the walk takes a step of one slot.
+            order = sorted(range(len(nodes)), key=lambda row: nodes[row][1].depth)
+            for depth, rows in groupby(order, key=lambda row: nodes[row][1].depth):
+                of_depth = [nodes[row] for row in rows]
+                sequences_M, tokens_M = torch.tensor([(number, node.token) for number, node in of_depth]).T.to(
+                    self._device
                 )
-                for row in rows
-            ]
-            if rows:
-                tree.add_level(
-                    [self._vocabulary.ids([int(one) for one in places[row]]) for row in rows],
-                    [scores[row] for row in rows],
-                    [bool(more(step)) for step in steps],
+                slots.append(
+                    self._slot(
+                        depth,
+                        states_SKD[:, depth].index_select(0, sequences_M),
+                        base_SKW[:, depth].index_select(0, sequences_M),
+                        tokens_M,
+                        torch.stack([node.state_D for _, node in of_depth if node.state_D is not None]),
+                    )
                 )
+            slot = _joined(slots, order)
+            trees.extend(slot.logits_MW, slot.states_MD, slot.confidence_M, carried_MD=slot.state_Ms)
+            nodes = [(number, node) for number, of in enumerate(trees.frontiers) for node in of]
 
     def _slot(self, place: int, hidden_MD: Tensor, base_MW: Tensor, tokens_M: Tensor, state_Ms: Tensor) -> _Slot:
         embedded_Me = self._walk.embed(tokens_M, dtype=hidden_MD.dtype)
@@ -158,3 +127,21 @@ class WalkProposer(BlockProposer):
             confidence_M=self.confidence(place, hidden_MD, embedded_Me),
             state_Ms=state_Ms,
         )
+
+
+def _joined(slots: Sequence[_Slot], order: Sequence[int]) -> _Slot:
+    """Return the slots of several depths as one, whose row `order[i]` is the i-th of them."""
+    if len(slots) == 1:
+        return slots[0]
+    rows_M = torch.tensor(order).argsort().to(slots[0].logits_MW.device)
+
+    def joined(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts)).index_select(0, rows_M)
+
+    confidence = [one.confidence_M for one in slots if one.confidence_M is not None]
+    return _Slot(
+        joined([one.logits_MW for one in slots]),
+        joined([one.states_MD for one in slots]),
+        joined(confidence) if confidence else None,
+        joined([one.state_Ms for one in slots]),
+    )

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from drafttrain.drafters.decoding_layer import attend
 from drafttrain.drafters.eagle.cache import EagleCache
-from drafttrain.drafters.eagle.drafts import DraftNode
 from drafttrain.drafters.eagle.model import EagleModel
+from drafttrain.drafters.tree_draft import DraftNode
 
 Path = list[int]
 """The draft columns that a draft token attends to: those of its ancestors and its own."""
@@ -65,7 +65,7 @@ class DecodingEagle:
         ]
         for before, new in zip(self._paths, paths, strict=True):
             before += new
-        states_FD = torch.stack([node.state_D for frontier in frontiers for node in frontier])
+        states_FD = torch.stack([node.state_D for of in frontiers for node in of if node.state_D is not None])
         tokens = [[node.token for node in frontier] for frontier in frontiers]
         positions = [
             _padded([length - 1 + node.depth for node in frontier], width)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from drafttrain.core.device_time import Span
 from drafttrain.core.generations import ForwardEvent, ForwardShape, Work
-from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict, fixed_chain
+from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetOutput
 from drafttrain.core.texts import Sampling
@@ -22,9 +22,9 @@ from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.drafters.chain_draft import ChainDraft, Chains
 from drafttrain.drafters.eagle.cache import EagleCache
 from drafttrain.drafters.eagle.decoding import DecodingEagle
-from drafttrain.drafters.eagle.drafts import DraftNode, DraftTree
 from drafttrain.drafters.eagle.model import EagleModel
 from drafttrain.drafters.eagle.unread import UnreadText
+from drafttrain.drafters.tree_draft import DraftNode, TreeDraft, Trees
 
 
 class EagleProposer:
@@ -54,7 +54,7 @@ class EagleProposer:
         self._device = device
         vocabulary = DraftVocabulary(model.vocabulary, num_tokens=num_tokens)
         self._draft = ChainDraft(vocabulary, vocab_size, draft)
-        self._vocabulary_R = vocabulary.ids_R.cpu()
+        self._tree_draft = TreeDraft(vocabulary, vocab_size, draft)
         self._weights = model.decoding_weights()
         self._listener = listener
         self._contexts: list[Context] = []
@@ -86,10 +86,11 @@ class EagleProposer:
         # After a prompt of one token there are no features yet.
         sizes = self._unread.sizes
         budgets = [budget if size else budget.within(0) for budget, size in zip(budgets, sizes, strict=True)]
+        round_of = (self._contexts, budgets, sampling, generators, more)
         if any(budget.width > 1 for budget in budgets):
-            proposals = self._trees(budgets, more)
+            proposals = self._trees(self._tree_draft.begin(*round_of))
         else:
-            proposals = self._chains(self._draft.begin(self._contexts, budgets, sampling, generators, more))
+            proposals = self._chains(self._draft.begin(*round_of))
         self._layer.forget_drafts()
         return proposals
 
@@ -109,27 +110,14 @@ class EagleProposer:
             ]
         return chains.proposals()
 
-    def _trees(self, budgets: Sequence[Budget], more: Callable[[DraftStep], bool | More]) -> list[Proposal]:
-        """Return one tree per sequence, which grows a level in each call of the layer."""
-        roots = [context.tokens[-1] for context in self._contexts]
-        trees = {
-            number: DraftTree(root, budget, sequence=number, vocabulary_R=self._vocabulary_R, more=more)
-            for number, (root, budget) in enumerate(zip(roots, budgets, strict=True))
-            if budget.nodes
-        }
-        growing = list(trees)
+    def _trees(self, trees: Trees) -> list[Proposal]:
+        """Return one tree per sequence; each call of the layer reads the nodes of all frontiers."""
         frontiers: list[list[DraftNode]] = []
-        while growing:
-            logits_FR, states_FD = self._read_next(growing, frontiers)
-            # Before the first level the row of the root is all there is.
-            sizes = [max(1, len(trees[number].frontier)) for number in growing]
-            for number, *rows in zip(growing, logits_FR.split(sizes), states_FD.split(sizes), strict=True):
-                trees[number].grow(*rows)
-            growing = [number for number in growing if trees[number].frontier]
-            frontiers = [trees[number].frontier if number in growing else [] for number in range(len(roots))]
-        return [
-            trees[number].proposal() if number in trees else fixed_chain(root, []) for number, root in enumerate(roots)
-        ]
+        while growing := trees.growing:
+            logits_NR, states_ND = self._read_next(growing, frontiers)
+            trees.extend(logits_NR, states_ND)
+            frontiers = trees.frontiers
+        return trees.proposals()
 
     def _read_next(self, growing: Sequence[int], frontiers: Sequence[Sequence[DraftNode]]) -> tuple[Tensor, Tensor]:
         """Return (logits_NR, states_ND) after each frontier node of each sequence.

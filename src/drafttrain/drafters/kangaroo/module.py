@@ -65,6 +65,7 @@ class KangarooDrafter(Drafter):
     """
 
     kind = "kangaroo"
+    drafts_trees = False
     recomputes = True
     compiles = True
     lag = 0

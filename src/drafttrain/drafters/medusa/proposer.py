@@ -23,6 +23,7 @@ from drafttrain.core.weights import weights_of
 from drafttrain.drafters.chain_draft import ChainDraft
 from drafttrain.drafters.medusa.decoding import DecodingHeads
 from drafttrain.drafters.medusa.static_tree import Path, within
+from drafttrain.drafters.tree_draft import TreeDraft
 
 
 class MedusaHeads(Protocol):
@@ -44,8 +45,8 @@ class MedusaHeads(Protocol):
 class MedusaProposer:
     """Head d predicts the token d places after the root, whatever stands between. So drafting needs no cache.
 
-    A chain is the argmax of each head (FIXED), or at temperature > 0 a draw from each head (SAMPLED). A tree takes the
-    best guesses of each head along the calibrated paths (FIXED).
+    A chain is the argmax of each head (FIXED), or at temperature > 0 a draw from each head (SAMPLED). A tree
+    without a form takes the best guesses of each head along the calibrated paths (FIXED).
 
     Args:
         num_tokens: Ids that the tokenizer can produce; rows of the heads for others are padding and get no probability.
@@ -58,6 +59,7 @@ class MedusaProposer:
         self._decoding = heads.decoding_heads()
         self._vocabulary = DraftVocabulary(heads.token_map, num_tokens=num_tokens)
         self._draft = ChainDraft(self._vocabulary, heads.vocab_size, heads.draft)
+        self._tree_draft = TreeDraft(self._vocabulary, heads.vocab_size, heads.draft)
         self._listener = listener
         self._contexts: list[Context] = []
         self._states: list[Tensor | None] = []
@@ -83,11 +85,17 @@ class MedusaProposer:
             for budget, state in zip(budgets, self._states, strict=True)
         ]
         logits = self._logits(budgets)
+        round_of = (self._contexts, budgets, sampling, generators, more)
+        if any(budget.form is not None and budget.width > 1 for budget in budgets):
+            trees = self._tree_draft.begin(*round_of)
+            while trees.growing:
+                trees.extend(torch.stack([logits[sequence][depth] for sequence, depth in trees.open]))
+            return trees.proposals()
         if any(budget.width > 1 for budget in budgets):
             return [
                 self._tree(sequence, logits.get(sequence, []), budget, more) for sequence, budget in enumerate(budgets)
             ]
-        chains = self._draft.begin(self._contexts, budgets, sampling, generators, more)
+        chains = self._draft.begin(*round_of)
         chains.extend([torch.stack(logits[sequence]) for sequence in chains.growing])
         return chains.proposals()
 

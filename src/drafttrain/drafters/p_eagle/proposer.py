@@ -18,9 +18,9 @@ from drafttrain.core.target_rows import TargetOutput
 from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.drafters.chain_draft import ChainDraft
-from drafttrain.drafters.dflash.trees import slot_trees
 from drafttrain.drafters.eagle.unread import UnreadText
 from drafttrain.drafters.p_eagle.decoding import DecodingPEagle, PEagleModel
+from drafttrain.drafters.tree_draft import TreeDraft, Trees
 
 
 class PEagleProposer:
@@ -45,7 +45,9 @@ class PEagleProposer:
         self.needs = model.needs()
         self._num_depths = model.num_depths
         self._device = device
-        self._draft = ChainDraft(DraftVocabulary(model.vocabulary, num_tokens=num_tokens), vocab_size, draft)
+        vocabulary = DraftVocabulary(model.vocabulary, num_tokens=num_tokens)
+        self._draft = ChainDraft(vocabulary, vocab_size, draft)
+        self._tree_draft = TreeDraft(vocabulary, vocab_size, draft)
         self._weights = model.decoding_weights()
         self._listener = listener
         self._contexts: list[Context] = []
@@ -72,39 +74,31 @@ class PEagleProposer:
         generators: Sequence[torch.Generator],
         more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
-        """Return one chain per sequence, or one tree of the slots' best tokens if its budget is wider than 1."""
+        """Return one chain per sequence, or one tree of the slots' tokens if its budget is wider than 1."""
         # After a prompt of one token there are no features yet.
         budgets = [
             budget.within(self._num_depths if size else 0)
             for budget, size in zip(budgets, self._unread.sizes, strict=True)
         ]
-        chains = self._draft.begin(self._contexts, budgets, sampling, generators, more)
+        round_of = (self._contexts, budgets, sampling, generators, more)
+        chains = self._draft.begin(*round_of)
         if not (growing := chains.growing):
             return chains.proposals()
         logits_GKR, states_GKD = self._pass(growing, num_masks=max(min(one.nodes, one.depth) for one in budgets) - 1)
         if any(budget.width > 1 for budget in budgets):
-            return self._trees(growing, budgets, logits_GKR, states_GKD, more)
+            return self._trees(growing, self._tree_draft.begin(*round_of), logits_GKR, states_GKD)
         chains.extend(logits_GKR, states_GKD)
         return chains.proposals()
 
-    def _trees(
-        self,
-        growing: Sequence[int],
-        budgets: Sequence[Budget],
-        logits_GKR: Tensor,
-        states_GKD: Tensor,
-        more: Callable[[DraftStep], bool | More],
-    ) -> list[Proposal]:
+    def _trees(self, growing: Sequence[int], trees: Trees, logits_GKR: Tensor, states_GKD: Tensor) -> list[Proposal]:
         """Return the tree of each sequence; of one that does not draft, the root."""
-        if len(growing) < len(budgets):
+        if len(growing) < len(self._contexts):
             # Nothing reads the rows of the others.
-            rows_B = [growing.index(number) if number in growing else 0 for number in range(len(budgets))]
+            rows_B = [growing.index(number) if number in growing else 0 for number in range(len(self._contexts))]
             on_device_B = torch.tensor(rows_B).to(self._device)
             logits_GKR, states_GKD = (values.index_select(0, on_device_B) for values in (logits_GKR, states_GKD))
-        vocabulary = self._draft.vocabulary
-        return slot_trees(
-            self._contexts, budgets, vocabulary.logits(logits_GKR), states_GKD, vocabulary=vocabulary, more=more
-        )
+        trees.extend_to_the_end(logits_GKR, states_GKD)
+        return trees.proposals()
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
         """Store the target's features of the accepted path. The mask slots have left the cache already."""

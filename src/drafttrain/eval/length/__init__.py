@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from drafttrain.core.proposals import DraftStep, Verdict
 from drafttrain.core.registry import Registry
 
 length_policies = Registry("length policy", "drafttrain.eval.length")
@@ -20,3 +21,19 @@ class LengthSettings:
         The default is for policies whose rounds differ in length.
         """
         return 5
+
+    @property
+    def most_children(self) -> int:
+        """Most children of a node: more than 1 is a tree, which some drafters do not draft."""
+        return 1
+
+
+class WholeBudget:
+    """A policy that never stops before its budget is spent."""
+
+    def more(self, step: DraftStep) -> bool:
+        """Return True."""
+        return True
+
+    def observe(self, verdict: Verdict) -> None:
+        """Do nothing."""

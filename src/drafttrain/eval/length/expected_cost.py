@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from drafttrain.core.generations import Generation
+from drafttrain.core.generations import ForwardEvent, Generation
 from drafttrain.core.proposals import Budget, Context, DraftStep, More, Verdict
 from drafttrain.core.reduce import Rate
 from drafttrain.core.settings import setting
@@ -59,7 +59,7 @@ class ExpectedCost:
         """The running product; the head is loaded at its first use."""
         return Survival.of_folder(self.settings.head)
 
-    def calibrate(self, generations: Sequence[Generation]) -> None:
+    def calibrate(self, generations: Sequence[Generation], events: Sequence[ForwardEvent] = ()) -> None:
         """Take the costs from measured rounds, unless the settings give them; forget the rounds so far.
 
         The cost of a draft is the time of a round without the verifying call: the drafter's calls, the target's first

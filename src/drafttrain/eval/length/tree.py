@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from drafttrain.core.proposals import Budget, Context, DraftStep, Verdict
+from drafttrain.core.proposals import Budget, Context
 from drafttrain.core.settings import setting
-from drafttrain.eval.length import LengthSettings, length_policies
+from drafttrain.eval.length import LengthSettings, WholeBudget, length_policies
 
 
 @dataclass
 class TreeSettings(LengthSettings):
-    """Draft a tree: several candidates for each position, verified in one target call."""
+    """Draft a tree of the likeliest nodes (EAGLE-2), which are FIXED at every temperature."""
 
     num_draft_tokens: int = setting(24, help="Nodes of the tree without its root.", ge=1)
     depth: int = setting(5, help="Levels of the tree; a drafter with heads drafts at most one level per head.", ge=1)
@@ -20,6 +20,11 @@ class TreeSettings(LengthSettings):
         """The levels of the tree."""
         return self.depth
 
+    @property
+    def most_children(self) -> int:
+        """The width."""
+        return self.width
+
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
         if self.depth > self.num_draft_tokens:
@@ -28,7 +33,7 @@ class TreeSettings(LengthSettings):
 
 
 @length_policies.register("tree", TreeSettings)
-class TreeLength:
+class TreeLength(WholeBudget):
     """A fixed number of nodes; the proposer chooses which ones."""
 
     def __init__(self, settings: TreeSettings | None = None) -> None:
@@ -36,9 +41,3 @@ class TreeLength:
 
     def budget(self, context: Context) -> Budget:
         return Budget(self.settings.num_draft_tokens, self.settings.depth, self.settings.width)
-
-    def more(self, step: DraftStep) -> bool:
-        return True
-
-    def observe(self, verdict: Verdict) -> None:
-        pass
