@@ -115,12 +115,15 @@ class ChainProposer:
             self._lm.keep([[] for _ in trees])
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
-        """Keep committed tokens in the cache: those read before drafting, and the accepted draft tokens."""
+        """Keep committed tokens in the cache: those read before drafting, and the accepted draft tokens that were read.
+
+        Node i of a chain was read as the i-th token after those. Nodes of a proposal that another proposer added come later.
+        """
         read = [length - kept for length, kept in zip(self._lm.lengths, self._lm.kept, strict=True)]
         if any(read):
             self._lm.keep(
                 [
-                    range(min(count, pending + verdict.num_accepted))
+                    range(pending + sum(node <= count - pending for node in verdict.path[1:]))
                     for count, pending, verdict in zip(read, self._pending, verdicts, strict=True)
                 ]
             )
