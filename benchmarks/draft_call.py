@@ -68,7 +68,7 @@ class Arm:
             hidden_BTD={index: state[:, :1] for index, state in seen[0].hidden_BTD.items()},
             final_BTD=None if seen[0].final_BTD is None else seen[0].final_BTD[:, :1],
         )
-        verdict = Verdict([0], [7], proposal.num_draft_tokens, int(proposal.depths_N.max()), "reject")
+        verdict = Verdict([0], [7], "reject", proposal)
         self.proposer.observe([verdict], [first])
         return seconds
 

@@ -13,7 +13,7 @@ import torch
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.generations import Generation, Round
 from drafttrain.core.probability import draw, sampling_probs
-from drafttrain.core.proposals import DraftStep, More, Verdict
+from drafttrain.core.proposals import DraftStep, More, Verdict, fixed_chain
 from drafttrain.core.texts import Sampling
 from drafttrain.drafters.causal_lm.proposer import ChainProposer
 from drafttrain.eval.acceptance.lossless import Lossless
@@ -238,7 +238,7 @@ def test_expected_cost_yields_more_per_second_than_any_fixed_length(tmp_path):
     while place < 30 * LENGTH:
         count = drafted_by(policy, place)
         kept = next((i for i in range(count) if rng.random() >= chance(place + i)), count)
-        policy.observe(Verdict(range(kept + 1), [0] * (kept + 1), count, count, "reject"))
+        policy.observe(Verdict(range(kept + 1), [0] * (kept + 1), "reject", fixed_chain(0, [0] * count)))
         cost += DRAFT_COST * count + TARGET_COST
         place += kept + 1
     assert cost / place < 0.97 * best_fixed() / LENGTH

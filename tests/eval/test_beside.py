@@ -15,6 +15,7 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 from drafttrain.checkpoint import About, write_about
 from drafttrain.config.load import load_sections
 from drafttrain.core.errors import RecipeError
+from drafttrain.core.proposals import Budget, Context
 from drafttrain.core.texts import Sampling
 from drafttrain.drafters.medusa.module import Medusa
 from drafttrain.drafters.medusa.settings import MedusaSettings
@@ -22,7 +23,7 @@ from drafttrain.eval.arms import Arm
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.proposers import TrainingFree
-from drafttrain.eval.proposers.ngram import NgramIndex, NgramSettings
+from drafttrain.eval.proposers.ngram import Ngram, NgramSettings
 from drafttrain.eval.proposers.none import NoDraftSettings
 from drafttrain.eval.report import write_report
 from drafttrain.eval.result import Result, read_result
@@ -33,6 +34,7 @@ from drafttrain.serving.draft_length import best_length
 from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS
+from tests.eval.test_suffix_automaton import by_search
 
 NEW = 24
 
@@ -61,7 +63,7 @@ def settings() -> EvalSettings:
         replay_lengths=[1, 2],
         repetition_ngram=0,
         also=[FixedLengthSettings(2)],
-        beside=[NgramSettings(), NgramSettings(max_ngram=1)],
+        beside=[NgramSettings(), NgramSettings(min_ngram=3)],
     )
 
 
@@ -73,9 +75,9 @@ def result(target: Target, folder: Path, settings: EvalSettings) -> Result:
 def test_a_proposer_is_an_arm_of_the_same_evaluation_at_every_length(result, target, settings):
     (part,) = result.temperatures
     assert list(part.drafters) == [
-        *("drafter", "ngram", "ngram, max_ngram 1"),
+        *("drafter", "ngram", "ngram, min_ngram 3"),
         *("drafter (fixed 2)", "ngram (fixed 2)"),
-        "ngram, max_ngram 1 (fixed 2)",
+        "ngram, min_ngram 3 (fixed 2)",
     ]
     assert list(result.drafters) == ["drafter"], "it is no folder"
     found = part.drafters["ngram"]
@@ -83,7 +85,7 @@ def test_a_proposer_is_an_arm_of_the_same_evaluation_at_every_length(result, tar
     assert found.drafter_calls == 0
     assert found.round.drafter_ms == 0
     assert (found.alpha, found.replay) == (None, {})
-    assert found.proposer == {"kind": "ngram", "max_ngram": 3, "min_ngram": 1}
+    assert found.proposer == {"kind": "ngram", "min_ngram": 1}
     assert (part.drafters["drafter"].alpha is None, part.drafters["drafter"].proposer) == (False, None)
     # The same outputs and rounds as an arm of its own decodes.
     alone = Arm.create("", TrainingFree(NgramSettings()), target, Sampling(), settings, length=FixedLengthSettings())
@@ -104,7 +106,7 @@ def test_it_is_compared_with_the_drafter_paired_over_prompts_and_in_speed(result
 def test_tables_page_card_and_file_have_it(result, tmp_path, capsys):
     result.write(tmp_path / "eval.json")
     read = read_result(tmp_path / "eval.json").temperatures[0].drafters["ngram"]
-    assert (read.alpha, read.proposer) == (None, {"kind": "ngram", "max_ngram": 3, "min_ngram": 1})
+    assert (read.alpha, read.proposer) == (None, {"kind": "ngram", "min_ngram": 1})
     show(result)
     printed = capsys.readouterr()
     shown = printed.out + printed.err
@@ -136,10 +138,11 @@ def test_a_drafter_with_the_name_of_a_proposer_is_refused(target, folder, settin
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ("[{kind: ngram}, {kind: ngram, max_ngram: 3}]", "beside: ngram occurs twice"),
+        ("[{kind: ngram}, {kind: ngram, min_ngram: 1}]", "beside: ngram occurs twice"),
         ("[{kind: none}]", "beside: none is plain decoding"),
         ("[{kind: ngrm}]", "unknown proposer 'ngrm'. Did you mean 'ngram'?"),
-        ("[{kind: ngram, min_ngram: 4}]", "min_ngram: must be at most max_ngram"),
+        ("[{kind: ngram, min_ngram: 0}]", "min_ngram"),
+        ("[{kind: aded, corpus: nowhere.txt}]", "corpus: nowhere.txt: no such file"),
     ],
 )
 def test_a_wrong_list_is_refused_in_a_sentence(value, problem):
@@ -147,41 +150,34 @@ def test_a_wrong_list_is_refused_in_a_sentence(value, problem):
         load_sections(["eval"], [f"eval.beside={value}"])
     assert problem in str(error.value)
     (read,) = load_sections(["eval"], ["eval.beside=[{kind: ngram}]"])
-    assert read.as_dict()["beside"] == [{"kind": "ngram", "max_ngram": 3, "min_ngram": 1}]
+    assert read.as_dict()["beside"] == [{"kind": "ngram", "min_ngram": 1}]
     assert TrainingFree(NoDraftSettings()).label == "none"
 
 
-def theirs(text: Sequence[int], *, most: int, max_ngram: int) -> list[int]:
+def theirs(text: Sequence[int], *, most: int) -> list[int]:
     """Return what transformers' prompt lookup drafts after a text."""
     generator = PromptLookupCandidateGenerator(
-        num_output_tokens=most, max_matching_ngram_size=max_ngram, max_length=10_000
+        num_output_tokens=most, max_matching_ngram_size=len(text), max_length=10_000
     )
     drafted, _ = generator.get_candidates(torch.tensor([list(text)]))
     return drafted[0, len(text) :].tolist()
 
 
-def occurrences(text: Sequence[int], max_ngram: int) -> int:
-    """Return how often the longest known n-gram at the end of a text occurs before it."""
-    for size in range(max_ngram, 0, -1):
-        windows = [tuple(text[i : i + size]) for i in range(len(text) - size)]
-        if count := windows.count(tuple(text[-size:])):
-            return count
-    return 0
-
-
-@pytest.mark.parametrize("max_ngram", [1, 2, 3])
-def test_prompt_lookup_drafts_what_transformers_drafts_where_the_ngram_occurred_once(max_ngram):
+def test_prompt_lookup_drafts_what_transformers_drafts_where_the_match_occurred_once():
     """Where it occurred more often, transformers copies from the first occurrence, this proposer from the last one."""
     draw = random.Random(0)
     text = [draw.randrange(12) for _ in range(150)]
-    index, same, other = NgramIndex(NgramSettings(max_ngram=max_ngram)), {0: 0, 1: 0}, 0
+    context, budget, same, other = Context("0", [], 0), Budget(5, 5), {0: 0, 1: 0}, 0
+    lookup = Ngram().start(context)
     for end in range(4, len(text)):
-        ours, their = list(index.continuation(text[:end], 5)), theirs(text[:end], most=5, max_ngram=max_ngram)
-        if (count := occurrences(text[:end], max_ngram)) < 2:
+        context.tokens[:] = text[:end]
+        ours = lookup.draft(budget, torch.Generator()).tokens_N.tolist()[1:]
+        their = theirs(text[:end], most=5)
+        length, ends = by_search(text[:end])
+        if length == 0 or len(ends) == 1:
             assert ours == their
-            same[count] += 1
+            same[len(ends) if length else 0] += 1
         else:
             other += ours != their
-    assert min(same.values()) > 0 or max_ngram == 1
     assert same[1] > 0
     assert other > 0

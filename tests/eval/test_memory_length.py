@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from drafttrain.core.proposals import Budget, Context, Verdict
+from drafttrain.core.proposals import Budget, Context, Verdict, fixed_chain
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.eval.arms import Arm
@@ -128,7 +128,9 @@ def test_only_depths_that_pay_are_drafted() -> None:
     policy._level_cost, policy._target_cost = 0.1, 1.0
     assert policy.paying_depth() == 6
     for _ in range(50):
-        policy.observe(Verdict([0, 1, 2], [1, 2, 3], 6, 6, "reject"))  # two accepted, the third never
+        policy.observe(
+            Verdict([0, 1, 2], [1, 2, 3], "reject", fixed_chain(0, [0] * 6))
+        )  # two accepted, the third never
     rates = [(1 + min(depth, 2)) / (1 + 0.1 * depth) for depth in range(7)]
     assert policy.paying_depth() == max(range(7), key=rates.__getitem__) == 2
     policy._level_cost = 3.0

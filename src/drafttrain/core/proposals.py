@@ -202,13 +202,22 @@ class Verdict:
     """Accepted nodes from the root (always 0) down."""
     tokens: Sequence[int]
     """Emitted tokens: the accepted draft tokens, then the target's own (absent if cut by EOS, or after an unread leaf)."""
-    num_draft_tokens: int
-    max_depth: int
-    """Depth of the deepest node that was drafted."""
     reason: str
     """reject, leaf, eos or length."""
+    proposal: Proposal
+    """What was verified. It may have nodes after those of the proposer, if that was one part of a fused proposal."""
     tested: Sequence[tuple[int, bool]] = ()
     """By node of the path that has children: how many of them were rejected, and whether the next one was accepted."""
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Draft tokens that were verified."""
+        return self.proposal.num_draft_tokens
+
+    @property
+    def max_depth(self) -> int:
+        """Depth of the deepest node that was drafted."""
+        return int(self.proposal.depths_N.max())
 
     @property
     def num_accepted(self) -> int:

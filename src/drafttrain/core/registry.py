@@ -82,5 +82,7 @@ class Registry:
 
 
 def component_mapping(settings: Any) -> dict[str, Any]:
-    """Return the settings of a component as in a recipe: its kind and its own keys."""
-    return {"kind": settings.kind} | asdict(settings)
+    """Return the settings of a component as in a recipe: its kind and its own keys, and so for components inside of it."""
+    values = {name: getattr(settings, name) for name in asdict(settings)}
+    inner = {name: component_mapping(value) for name, value in values.items() if hasattr(value, "kind")}
+    return {"kind": settings.kind} | asdict(settings) | inner

@@ -38,7 +38,11 @@ class Proposer(Protocol):
         ...
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
-        """Update the cache to the committed text. The contexts already contain the emitted tokens."""
+        """Update the cache to the committed text. The contexts already contain the emitted tokens.
+
+        Args:
+            seen: The states that it needs, of the accepted nodes; and the logits of ALL nodes, also of rejected ones.
+        """
         ...
 
     def drop(self, keep: Sequence[int]) -> None:
@@ -64,6 +68,15 @@ class DraftsInTarget(Protocol):
 
     def share(self, blocks: FirstBlocks) -> None:
         """Store the blocks of the verifying target. Called before `begin`."""
+        ...
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A proposer with a state that lives across prompts."""
+
+    def forget(self) -> None:
+        """Return to the state before the first prompt."""
         ...
 
 

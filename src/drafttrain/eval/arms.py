@@ -9,7 +9,7 @@ from typing import Any
 
 from drafttrain.core.console import progress
 from drafttrain.core.generations import Generation
-from drafttrain.core.roles import CostAware
+from drafttrain.core.roles import CostAware, Remembers
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.acceptance import acceptance_rules
@@ -85,12 +85,14 @@ class Arm:
         return cls(name, engine, ledger, length, target, source)
 
     def warm_up(self, prompts: Sequence[Prompt]) -> None:
-        """Decode the first prompt, and calibrate a length policy that weighs tokens against time."""
+        """Decode the first prompt, and calibrate a length policy that weighs tokens against time. Nothing is remembered."""
         self.engine.generate(prompts[:1])
         if isinstance(self.engine.policy, CostAware):
             self.ledger.events.clear()
             generations = self.engine.generate(prompts[:CALIBRATION_PROMPTS])
             self.engine.policy.calibrate(generations, self.ledger.events)
+        if isinstance(self.engine.proposer, Remembers):
+            self.engine.proposer.forget()
         self.ledger.events.clear()
 
     def tokens_and_seconds(self) -> tuple[list[int], list[float]]:

@@ -186,7 +186,7 @@ class Engine:
             tokens, path, reason = tokens[: end + 1], path[: end + 2], "eos"
         elif sequence.num_new + len(tokens) >= self.max_new_tokens:
             reason = "length"
-        return Verdict(path, tokens, proposal.num_draft_tokens, int(proposal.depths_N.max()), reason, tested)
+        return Verdict(path, tokens, reason, proposal, tested)
 
     def _sequence(self, prompt: Prompt) -> _Sequence:
         if not prompt.tokens:
@@ -234,7 +234,7 @@ def _state_for_rule(needs: TargetNeeds, output: TargetOutput) -> Tensor | None:
 
 
 def _at(output: TargetOutput, path: Sequence[int]) -> TargetOutput:
-    """Return the target's states at the nodes of a path, without logits."""
+    """Return the target's states at the nodes of a path, with the logits of all nodes."""
     if not output.hidden_BTD and output.final_BTD is None:
         return output
     states = [*output.hidden_BTD.values(), *([] if output.final_BTD is None else [output.final_BTD])]
@@ -242,6 +242,7 @@ def _at(output: TargetOutput, path: Sequence[int]) -> TargetOutput:
     prefix = list(path) == list(range(len(path)))
     nodes = slice(len(path)) if prefix else torch.tensor(list(path)).to(states[0].device)
     return TargetOutput(
+        logits_BTV=output.logits_BTV,
         hidden_BTD={index: state[:, nodes] for index, state in output.hidden_BTD.items()},
         final_BTD=None if output.final_BTD is None else output.final_BTD[:, nodes],
     )

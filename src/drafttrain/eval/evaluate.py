@@ -19,7 +19,7 @@ from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
 from drafttrain.eval.arms import Arm, Source, decode, faster_baseline
 from drafttrain.eval.figures import compare, drafter_figures, plain_figures, prompt_counts, relative_speed
-from drafttrain.eval.proposers import TrainingFree
+from drafttrain.eval.proposers import TrainingFree, is_warm
 from drafttrain.eval.proposers.none import PLAIN
 from drafttrain.eval.result import (
     FORMAT,
@@ -59,9 +59,13 @@ def evaluate(
     drafters = {name: read_drafter(folder, target) for name, folder in folders.items()}
     choose_drafts(list(drafters.values()), settings)
     targets = {name: drafter.adapted(target) for name, drafter in drafters.items()}
-    beside = _beside(folders, settings)
-    sources, arms_targets = drafters | beside, targets | dict.fromkeys(beside, target)
+    beside = _beside(drafters, settings)
+    first = next(iter(targets.values()))
+    sources = drafters | beside
+    arms_targets = targets | {name: first if one.drafter else target for name, one in beside.items()}
     began = time.perf_counter()
+    if any(map(is_warm, settings.beside)):
+        unfinished = None  # what a proposer remembers is not stored, so the evaluation could not be continued
     stored = Unfinished(unfinished, made_with(folders, target, prompts, settings) if unfinished else {})
     temperatures = [_at_temperature(t, sources, arms_targets, prompts, settings, stored) for t in settings.temperatures]
     stored.remove()
@@ -102,10 +106,12 @@ def _check_heads(folders: Mapping[str, Path], target: Target, settings: EvalSett
                 check_made_for(Path(part.head), target=target, drafter=folder)
 
 
-def _beside(folders: Mapping[str, Path], settings: EvalSettings) -> dict[str, TrainingFree]:
-    """Return the proposers of eval.beside by name."""
-    beside = {one.label: one for one in map(TrainingFree, settings.beside)}
-    if both := folders.keys() & beside.keys():
+def _beside(drafters: Mapping[str, Drafter], settings: EvalSettings) -> dict[str, TrainingFree]:
+    """Return the proposers of eval.beside by name; those that use a drafter get the first one."""
+    judged = next(iter(drafters.values()))
+    made = [TrainingFree(one, judged if getattr(one, "reads_drafter", False) else None) for one in settings.beside]
+    beside = {one.label: one for one in made}
+    if both := drafters.keys() & beside.keys():
         raise ValueError(f"eval.beside: {', '.join(sorted(both))} is also the name of a drafter: rename the drafter")
     return beside
 

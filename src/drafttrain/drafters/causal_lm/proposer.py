@@ -114,7 +114,10 @@ class ChainProposer:
         return trees.proposals()
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
-        """Keep committed tokens in the cache: those read before drafting, and the accepted draft tokens that were read."""
+        """Keep committed tokens in the cache: those read before drafting, and the accepted draft tokens that were read.
+
+        Nodes of a proposal that another proposer added come after its own.
+        """
         read = [length - kept for length, kept in zip(self._lm.lengths, self._lm.kept, strict=True)]
         if any(read):
             self._lm.keep(
@@ -127,7 +130,7 @@ class ChainProposer:
     def _on_path(self, verdicts: Sequence[Verdict]) -> list[list[int]]:
         """Return, by sequence, the number of each accepted draft token in the order of reading."""
         return [
-            [place for node in verdict.path[1:] if (place := reads[node]) is not None]
+            [place for node in verdict.path[1:] if node < len(reads) and (place := reads[node]) is not None]
             for reads, verdict in zip(self._reads, verdicts, strict=True)
         ]
 

@@ -1,14 +1,12 @@
 """No draft: plain autoregressive decoding by the same engine, the baseline of every speed-up."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict, fixed_chain
-from drafttrain.core.target_rows import TargetNeeds, TargetOutput
-from drafttrain.core.texts import Sampling
-from drafttrain.eval.proposers import TrainingFree, proposers
+from drafttrain.core.proposals import Budget, Context, Proposal, Verdict, fixed_chain
+from drafttrain.eval.proposers import TextProposer, TrainingFree, proposers
 
 
 @dataclass
@@ -16,32 +14,26 @@ class NoDraftSettings:
     """Draft nothing."""
 
 
-@proposers.register("none", NoDraftSettings)
-class NoDraft:
-    """Proposes only the root."""
+@dataclass(frozen=True)
+class _RootOnly:
+    context: Context
 
-    needs = TargetNeeds()
+    def draft(self, budget: Budget, generator: torch.Generator) -> Proposal:
+        return fixed_chain(self.context.tokens[-1], [])
+
+    def learn(self, verdict: Verdict, logits_NV: Tensor) -> None:
+        pass
+
+
+@proposers.register("none", NoDraftSettings)
+class NoDraft(TextProposer):
+    """Proposes only the root."""
 
     def __init__(self, settings: NoDraftSettings | None = None) -> None:
         self.settings = settings or NoDraftSettings()
 
-    def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
-        self._contexts = list(contexts)
-
-    def propose(
-        self,
-        budgets: Sequence[Budget],
-        sampling: Sampling,
-        generators: Sequence[torch.Generator],
-        more: Callable[[DraftStep], bool | More],
-    ) -> list[Proposal]:
-        return [fixed_chain(context.tokens[-1], []) for context in self._contexts]
-
-    def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
-        pass
-
-    def drop(self, keep: Sequence[int]) -> None:
-        self._contexts = [self._contexts[i] for i in keep]
+    def start(self, context: Context) -> _RootOnly:
+        return _RootOnly(context)
 
 
 PLAIN = TrainingFree(NoDraftSettings())
