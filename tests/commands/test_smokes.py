@@ -29,6 +29,8 @@ def smoked(name: str) -> object:
         in {
             # `tests/test_examples.py` runs the demo's smoke, unshortened.
             "demo",
+            # The first phase of `direct_alignment`.
+            "builtin_drafter",
             "tiny_medusa2",
             "tiny_p_eagle",
             "tiny_dspark",

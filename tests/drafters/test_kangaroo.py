@@ -31,7 +31,7 @@ from drafttrain.target_model.anatomy import blocks, final_norm
 from drafttrain.target_model.logits import head_logits
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS, chi_square, decode, greedy
-from tests.marks import only
+from tests.marks import only, slow
 from tests.target_model.test_target import ARCHITECTURES
 from tests.training.squares import Squares
 
@@ -339,7 +339,7 @@ def test_greedy_output_is_the_targets_own_for_every_architecture(name):
         assert [g.tokens for g in found] == [greedy(target, prompt, 16) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("draft", ["sampled", "greedy"])
+@pytest.mark.parametrize("draft", ["sampled", slow("greedy")])
 def test_a_batch_equals_each_sequence_alone(target, draft):
     """Ragged prompts, unequal draft lengths, sequences that end at different times."""
     proposer = made(target, noise=0.02, draft=draft).proposer(target)

@@ -84,7 +84,7 @@ def test_adapters_of_other_weights_are_not_resumed(tmp_path: Path):
 @pytest.mark.parametrize(
     ("settings", "stage"),
     [
-        ({"lora": LORA}, 2),
+        slow({"lora": LORA}, 2),
         ({"lora": LORA}, 3),
         (EAGLE3, 3),
         *(pytest.param(one, stage, marks=pytest.mark.slow) for one, stage in ((EAGLE3, 2), (BLOCK, 2), (BLOCK, 3))),
