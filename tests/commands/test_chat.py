@@ -139,6 +139,13 @@ def test_known_lengths_are_the_judged_drafters_own_lossless_ones_and_of_the_near
         [(7, 1.1)],
     ]
     assert [known.fastest["num_draft_tokens"] for known in found] == [1, 7]
+    # The run's start was evaluated beside it, with one length.
+    (tmp_path / "start").mkdir()
+    both = {**cold.drafters, "start": replace(cold.drafters["drafter"], folder="start")}
+    replace(cold, drafters=both).write(tmp_path / "eval.json")
+    start = known_lengths(tmp_path / "start", temperature=0.0)
+    assert start.fastest["num_draft_tokens"] == 2
+    assert [value for _, value in start.block_efficiencies] == [1.9]
 
 
 def test_measure_ends_with_the_speed_up_and_its_interval(folders):

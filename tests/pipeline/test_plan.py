@@ -254,6 +254,14 @@ def test_a_cache_replaces_the_target(eagle: Plan) -> None:
     assert cached.cost.kept == eagle.cost.kept
 
 
+def test_blocks_that_an_engine_runs_are_not_counted(eagle: Plan) -> None:
+    others = ["train.target_placement=absent", "data.generate=null", "data.sources=[{kind: text, path: x.txt}]"]
+    cached = plan_of(recipe_of("tiny_eagle", "data.cache=states", *others), eagle.gpu, records=480).cost
+    live = plan_of(recipe_of("tiny_eagle", "data.states={kind: vllm}", *others), eagle.gpu, records=480).cost
+    assert live.needed == cached.needed < eagle.cost.needed
+    assert live.executed == pytest.approx(cached.executed, rel=1e-3)
+
+
 def test_steps_and_hours_are_computed_from_the_counts(eagle: Plan) -> None:
     assert eagle.records == 480
     assert eagle.steps_per_epoch == 60

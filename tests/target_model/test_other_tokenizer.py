@@ -7,12 +7,17 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.target_model.other_tokenizer import OtherTokenizer
+from drafttrain.target_model import other_tokenizer
+from drafttrain.target_model.other_tokenizer import Joint, OtherTokenizer, Reading
+from drafttrain.target_model.spelling import Spelling
 from drafttrain.target_model.token_bytes import token_bytes
 from tests.small_tokenizers import END, byte_level, letters, sentence_pieces
 
 BPE = byte_level(["Ġ t", "h e", "Ġt he", "c a", "ca t"])
 PIECES = sentence_pieces(["▁", "t", "h", "e", "c", "a", "▁t", "he", "▁the", "ca", "▁c", "é"])
+
+
+ENCODE = Spelling.encode
 
 
 def ids(tokenizer, *tokens: str) -> list[int]:
@@ -85,6 +90,46 @@ def test_special_tokens_are_read_as_the_drafters_and_unknown_ones_as_text():
 def test_an_empty_text_starts_with_the_end_of_text():
     made = OtherTokenizer(BPE, PIECES).read([])
     assert made.ids == [PIECES.eos_token_id]
+
+
+LONG = "the cat ate the heat, a cat and the  tea\nthe cat he ate ca the é the cat the 12 the cat ca"
+
+
+def grown(other: OtherTokenizer, tokens: list[int]) -> list[Reading]:
+    """Return the readings of a text that grows by one, two, three tokens ... in turns."""
+    found, known, end = [], None, 1
+    while end <= len(tokens):
+        known = other.read(tokens[:end], known)
+        found.append(known)
+        end += 1 + len(found) % 3
+    return found
+
+
+@pytest.mark.parametrize(("target", "own"), [(BPE, PIECES), (PIECES, BPE), (BPE, byte_level(["c a", "Ġ ca", "h e"]))])
+def test_a_text_that_grows_is_read_as_from_its_beginning(target, own, monkeypatch):
+    other = OtherTokenizer(target, own)
+    tokens = [*target(LONG).input_ids, target.eos_token_id, *target(LONG).input_ids]
+    found = grown(other, tokens)
+    wanted = [other.read(tokens[: len(one.after_T)]) for one in found]
+    assert found == wanted
+    # No more than some words are encoded again.
+    encoded: list[str] = []
+    monkeypatch.setattr(type(other._own), "encode", lambda self, text: encoded.append(text) or ENCODE(self, text))
+    grown(other, tokens)
+    assert max(map(len, encoded)) < len(LONG) / 2
+
+
+def test_control_a_text_that_grows_from_any_token(monkeypatch):
+    monkeypatch.setattr(other_tokenizer, "_begins_word", lambda text, place: 0 < place < len(text))
+    other = OtherTokenizer(BPE, PIECES)
+    tokens = BPE(LONG).input_ids
+    assert any(one.ids != other.read(tokens[: len(one.after_T)]).ids for one in grown(other, tokens))
+
+
+def test_a_tokenizer_with_tokens_of_two_words_has_no_joints():
+    own = byte_level(["Ġ c", "e Ġc"])
+    assert OtherTokenizer(BPE, own).read(BPE("the cat").input_ids).joint is None
+    assert OtherTokenizer(BPE, PIECES).read(BPE("the cat").input_ids).joint == Joint(2, 1, begins=False)
 
 
 def test_tokenizers_that_share_too_few_tokens_are_refused():

@@ -171,7 +171,7 @@ def _temperature(opened: _Opened) -> float:
 
 def _candidates(opened: _Opened) -> list[Candidate]:
     """Return every length that was evaluated, and the chains that replay computed."""
-    arms = evaluated_lengths(opened.result, _temperature(opened))
+    arms = evaluated_lengths(opened.result, _temperature(opened), opened.folder)
     if not arms:
         raise CheckpointError(f"{opened.folder}: its evaluation has no lossless figures. Run drafttrain eval again")
     known: list[tuple[Mapping[str, Any], Interval, bool]] = [(one.length, one.block_efficiency, False) for one in arms]

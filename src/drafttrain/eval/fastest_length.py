@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from drafttrain.checkpoint import read_about
 from drafttrain.core.console import progress
 from drafttrain.core.provenance import processor
 from drafttrain.core.registry import component_mapping
@@ -67,7 +68,7 @@ def known_lengths(folder: Path, *, temperature: float) -> KnownLengths | None:
         None: there is no evaluation.
     """
     for path in (folder / "eval.json", folder.parent / "eval.json"):
-        if (result := current_result(path)) is not None and (arms := evaluated_lengths(result, temperature)):
+        if (result := current_result(path)) is not None and (arms := evaluated_lengths(result, temperature, folder)):
             evaluated = [(figures.length, figures.block_efficiency.value) for figures in arms]
             chains = {int(count): found.value for count, found in arms[0].replay.items() if int(count) in REPLAYED}
             replayed = [
@@ -136,15 +137,21 @@ def _round_seconds(arms: Sequence[Arm], prompt: Prompt) -> list[float]:
     return [min(times) for times in found]
 
 
-def evaluated_lengths(result: Result, temperature: float) -> list[DrafterFigures]:
-    """Return the lossless figures of the judged drafter at each draft length, at the nearest temperature that was evaluated.
+def evaluated_lengths(result: Result, temperature: float, folder: Path) -> list[DrafterFigures]:
+    """Return the lossless figures of the drafter in a folder at each draft length, at the nearest temperature that was evaluated.
 
-    Policies that read a head are left out: its folder may be elsewhere.
+    Policies that read a head are left out: its folder may be elsewhere. Empty: this drafter was not evaluated there.
     """
     part = min(result.temperatures, key=lambda one: abs(one.temperature - temperature))
-    judged = next(iter(result.drafters))
+    about = read_about(folder)
+    named = [name for name, one in result.drafters.items() if one.folder == folder.name]
+    # A rejected drafter has another name now; a run's start is another drafter than the one that was judged.
+    own = next(iter([*named, *(name for name, one in result.drafters.items() if one.about == about)]), None)
     return [
         figures
         for name, figures in part.drafters.items()
-        if (name == judged or name.startswith(f"{judged} (")) and not figures.lossy and not figures.length.get("head")
+        if own is not None
+        and (name == own or name.startswith(f"{own} ("))
+        and not figures.lossy
+        and not figures.length.get("head")
     ]

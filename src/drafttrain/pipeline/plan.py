@@ -15,6 +15,7 @@ from drafttrain.config.made_by import MADE_BY
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.errors import RecipeError
 from drafttrain.core.gpus import MEMORY_AND_BANDWIDTH, RESERVED_BYTES, Gpu
+from drafttrain.data_gen.states import states
 from drafttrain.data_gen.stored.wanted import Wanted
 from drafttrain.drafters import drafters
 from drafttrain.losses import losses
@@ -208,7 +209,8 @@ def sized_parts(recipe: Recipe, *, device_type: str) -> Trained:
     stored = Wanted.of(recipe.data, distribution=loss.needs_target, needs=drafter.needs())
     if stored is not None and (reason := drafter.why_not_cached()):
         raise RecipeError(recipe.name, [f"data.cache: {recipe.drafter.kind}: {reason}; set data.cache: none"])
-    return Trained(drafter, loss, target, target.num_tokens, recipe.train, stored)
+    source: Any = states.entry(recipe.data.states.kind).component
+    return Trained(drafter, loss, target, target.num_tokens, recipe.train, stored, source.elsewhere)
 
 
 def _not_planned(recipe: Recipe) -> Iterator[str]:

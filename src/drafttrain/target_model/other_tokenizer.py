@@ -17,12 +17,24 @@ from torch import Tensor
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.target_model.end_tokens import end_of_text_id
-from drafttrain.target_model.spelling import Spelling
+from drafttrain.target_model.spelling import WORDS, Spelling
 from drafttrain.target_model.target_text import TargetText
 from drafttrain.target_model.tokenizer import num_ids
 
 LEAST_SHARED = 0.01
 """Share of the target's tokens that the other tokenizer must have. With fewer nearly every draft token is rejected."""
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A place in a text from which it can be encoded by itself: what comes after does not change the tokens before."""
+
+    num_tokens: int = 0
+    """The target's tokens before it."""
+    num_ids: int = 0
+    """Own tokens before it."""
+    begins: bool = True
+    """A new text begins there, after a special token; else a word, with its space."""
 
 
 @dataclass
@@ -35,6 +47,8 @@ class Reading:
     """How many own tokens spell the text up to the end of each token of the target; -1: that is inside an own token."""
     complete: bool = True
     """The text ends at the end of a character; else the bytes of its last, unfinished character are not read."""
+    joint: Joint | None = None
+    """The last one in the text; None: there is none but its start."""
 
 
 class OtherTokenizer:
@@ -104,49 +118,65 @@ class OtherTokenizer:
         probs_NV[..., self.target_R.to(device)] = probs_NW[..., self.own_R.to(device)]
         return probs_NV
 
-    def read(self, tokens: Sequence[int]) -> Reading:
-        """Return a text of the target in the drafter's tokens."""
-        before = self._target.starts
-        skipped = len(before) if list(tokens[: len(before)]) == before else 0
-        made = Reading(list(self._own.starts), [len(self._own.starts)] * skipped)
-        place = skipped
+    def read(self, tokens: Sequence[int], known: Reading | None = None) -> Reading:
+        """Return a text of the target in the drafter's tokens.
+
+        Args:
+            known: The reading of a text that this one continues: only what is behind its joint is encoded again.
+        """
+        if known is not None and known.joint is not None:
+            joint = known.joint
+            made = Reading(known.ids[: joint.num_ids], known.after_T[: joint.num_tokens], joint=joint)
+            place, begins = joint.num_tokens, joint.begins
+        else:
+            before = self._target.starts
+            place, begins = len(before) if list(tokens[: len(before)]) == before else 0, True
+            made = Reading(list(self._own.starts), [len(self._own.starts)] * place)
         while place < len(tokens):
             end = next((i for i in range(place, len(tokens)) if tokens[i] in self._control), len(tokens))
             if end > place:
-                self._add_text(made, tokens[place:end])
+                self._add_text(made, tokens[place:end], begins=begins)
             if end < len(tokens):
                 made.ids.append(self._control[tokens[end]])
                 made.after_T.append(len(made.ids))
                 made.complete = True
-            place = end + 1
+                made.joint = Joint(end + 1, len(made.ids))
+            place, begins = end + 1, True
         if not made.ids:
             made.ids.append(end_of_text_id(self.own) or 0)
             made.after_T = [-1] * len(tokens)
         return made
 
-    def _add_text(self, made: Reading, tokens: Sequence[int]) -> None:
+    def _add_text(self, made: Reading, tokens: Sequence[int], *, begins: bool) -> None:
         """Add the tokens of a text without special tokens."""
-        pieces = self._target.pieces(tokens, begins=True)
+        pieces = self._target.pieces(tokens, begins=begins)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         spelled = b"".join(pieces)
         text = decoder.decode(spelled)
         read = text.encode()
         made.complete = not decoder.getstate()[0]
         first = len(made.ids)
-        ids = self._own.encode(text)
+        # It puts a space before the word by itself.
+        ids = self._own.encode(text[1:] if not begins and self._own.puts_space else text)
         made.ids += ids
-        places = self._places(ids, read)
+        places = self._places(ids, read, begins=begins)
         places[0] = 0
         same = len(read)
         if not spelled.startswith(read):
             # Behind bytes that are no UTF-8, which are read as U+FFFD, places of the two texts do not correspond.
             same = next(place for place, (theirs, own) in enumerate(zip(spelled, read, strict=False)) if theirs != own)
-        ends = accumulate(map(len, pieces))
+        start, ends = len(made.after_T), list(accumulate(map(len, pieces)))
         made.after_T += [first + places[end] if end in places and end <= same else -1 for end in ends]
+        if not self._own.joins_words:
+            there = (
+                i for i in reversed(range(len(ends))) if made.after_T[start + i] >= 0 and _begins_word(read, ends[i])
+            )
+            if (i := next(there, None)) is not None:
+                made.joint = Joint(start + i + 1, made.after_T[start + i], begins=False)
 
-    def _places(self, ids: Sequence[int], text: bytes) -> dict[int, int]:
+    def _places(self, ids: Sequence[int], text: bytes, *, begins: bool) -> dict[int, int]:
         """Return, by the bytes before it, the number of own tokens; empty where these do not spell the text."""
-        pieces = self._own.pieces(ids, begins=True)
+        pieces = self._own.pieces(ids, begins=begins)
         if b"".join(pieces) != text:
             return {}
         return {end: number for number, end in enumerate(accumulate(map(len, pieces)), start=1)}
@@ -177,3 +207,8 @@ class OtherTokenizer:
     @cached_property
     def _target_of(self) -> Mapping[int, int]:
         return dict(zip(self.own_R.tolist(), self.target_R.tolist(), strict=True))
+
+
+def _begins_word(text: bytes, place: int) -> bool:
+    """Return whether a space and a letter follow a letter there: tokenizers split before the space, whatever comes next."""
+    return WORDS.match(text, place - 1) is not None

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from drafttrain.target_model.token_bytes import control_ids, is_lone_byte, token_bytes
+
+WORDS = re.compile(rb"[A-Za-z] [A-Za-z]")
+"""The end of a word and the beginning of the next."""
 
 
 class Spelling:
@@ -29,6 +34,12 @@ class Spelling:
         """What it puts before every text."""
         self.puts_space = bool(bare) and self.spells(bare[0]).startswith(b" ")
         """It puts a space before every text."""
+
+    @cached_property
+    def joins_words(self) -> bool:
+        """It may not split a text between a letter and a space before a letter: a token has both, or a text of two words shows it."""
+        alone = [*self.encode("ab"), *self.encode("cd" if self.puts_space else " cd")]
+        return self.encode("ab cd") != alone or any(WORDS.search(spelled) for spelled in self._bytes.values())
 
     def spells(self, id: int) -> bytes:
         """Return the bytes of a token; the name of a special one; nothing for an id without a token."""

@@ -34,6 +34,8 @@ class Target:
 
     sharded: ClassVar[bool] = False
     """Its weights are sharded over the processes, which must all run it together."""
+    elsewhere: ClassVar[bool] = False
+    """Its blocks run in an engine: their operations are not those of the processes that train."""
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, fingerprint: str) -> None:
         self.model = model.eval().requires_grad_(False)

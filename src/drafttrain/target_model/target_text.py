@@ -78,7 +78,8 @@ class TargetText:
                 break
             agreeing, reached = agreeing + 1, reached + len(piece)
             ends.setdefault(reached, agreeing)
-        found, place = [], len(before)
+        found: list[int] = []
+        place = len(before)
         while place < len(text) and place not in ends:
             spelled = self._longest_at(text, place)
             if spelled is None:

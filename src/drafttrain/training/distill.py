@@ -94,7 +94,8 @@ class DistillModule(StepModule):
         rows_needed, unread = self._rows_needed(batch), self._unread(batch)
         reads = unread is not None
         head = rows_needed or (self.loss.needs_target and isinstance(batch.target_rows, LiveRows))
-        self.count_later(partial(distill_flops, self.trained, self.target, batch.shape, reads=reads, head=head))
+        blocks = reads and self.target is not None and not self.target.elsewhere
+        self.count_later(partial(distill_flops, self.trained, self.target, batch.shape, reads=blocks, head=head))
         if not self._read_by_any(reads):
             return batch
         assert self.target is not None, "the pipeline loads a target when the drafter or the loss needs one"

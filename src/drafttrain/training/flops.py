@@ -15,7 +15,7 @@ def distill_flops(drafter: Drafter, target: Target | None, shape: BatchShape, *,
     """Return the operations of one micro-batch.
 
     Args:
-        reads: The target is run, as far as its states are asked for.
+        reads: The target's blocks are run here, as far as its states are asked for.
         head: The target's distribution is made from states: its head once for each position that a loss compares with.
     """
     return total([*drafter.work(shape), *_of_target(drafter, target, shape, reads=reads, head=head)])

@@ -40,6 +40,8 @@ COLUMNS = (
 )
 """Columns of metrics.csv; a `validation_` column for each figure on held-out data follows."""
 
+UNCOUNTED = ("draw", "validation", "checkpoint")
+"""Phases whose operations are not counted: `mfu` is over the others."""
 TIMES = ("seconds", "step_ms", *(f"{phase}_ms" for phase in PHASES), "mfu")
 """Columns that differ between two identical runs."""
 
@@ -157,7 +159,7 @@ class MetricsLog(StepEnd):
         row |= {f"{phase}_ms": f"{scale * times[phase]:.3f}" for phase in times if phase != "other"}
         row["step_ms"] = f"{scale * sum(times.values()):.3f}"
         peak = peak_of(module.device, self.settings.peak_tflops)
-        training = sum(value for phase, value in times.items() if phase not in ("validation", "checkpoint"))
+        training = sum(value for phase, value in times.items() if phase not in UNCOUNTED)
         if peak is not None and training > 0:
             # Both are sums over the processes: seconds of devices.
             row["mfu"] = f"{flops / steps * timed / (training * peak * 1e12):.4f}"

@@ -51,6 +51,8 @@ class Trained:
     settings: TrainSettings = field(default_factory=TrainSettings)
     stored: Wanted | None = None
     """Outputs of the target that batches bring, so that it is not run."""
+    elsewhere: bool = False
+    """The target's blocks run in an engine, whose operations are not counted."""
 
     def stored_arrays(self, *shape: int) -> dict[str, Tensor]:
         """Return what batches bring for tokens in this shape."""
@@ -173,7 +175,7 @@ def _needs(made: Trained) -> TargetNeeds:
 
 
 def _reads(made: Trained) -> bool:
-    return made.stored is None and _needs(made) != TargetNeeds()
+    return made.stored is None and not made.elsewhere and _needs(made) != TargetNeeds()
 
 
 def _runs_head(made: Trained) -> bool:
@@ -196,7 +198,10 @@ def _step(made: Trained, batch: DraftBatch, counted: Counted, without_data: Fake
 
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         if made.stored is None:
+            before = counted.flops
             seen = _read(made.target, batch, _needs(made), counted)
+            if made.elsewhere:
+                counted.flops = before
             rows = made.target.rows_of(seen) if made.loss.needs_target else None
             batch = replace(batch, target=seen, target_rows=rows)
         else:

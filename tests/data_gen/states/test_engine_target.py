@@ -16,7 +16,7 @@ from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources.text import TextSettings
-from drafttrain.data_gen.states import TextStates
+from drafttrain.data_gen.states import TextStates, engine_target
 from drafttrain.data_gen.states.builtin import BuiltinSource, BuiltinStates
 from drafttrain.data_gen.states.engine_target import EngineTarget
 from drafttrain.data_gen.training_data import attach_cache, prepare
@@ -26,6 +26,7 @@ from drafttrain.losses.forward_kl import ForwardKLSettings
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.target_model.absent_target import AbsentTarget
 from drafttrain.training.distill import DistillModule
+from drafttrain.training.flops import distill_flops
 from drafttrain.training.settings import TrainSettings
 from tests.data_gen.states.plain_source import PlainSource, PlainStates
 
@@ -175,7 +176,19 @@ def test_a_batch_is_read_ahead_once_and_any_other_when_it_is_asked_for(ours, own
     for tokens_BT, other in ((TOKENS_BT, needs), (TOKENS_BT, TargetNeeds(hidden=(2,))), (TOKENS_BT + 1, needs)):
         target.read_ahead(TOKENS_BT, POSITIONS_BT, TargetNeeds(hidden=(1,)))
         target.read(tokens_BT, POSITIONS_BT, other)
-    assert len(engine.texts) == 7
+    # What is read ahead already is not read again.
+    assert len(engine.texts) == 5
+
+
+def test_no_micro_batch_of_a_long_step_is_read_twice(own, monkeypatch):
+    engine, target = own
+    monkeypatch.setattr(engine_target, "MOST_AHEAD", 2)
+    needs, step = TargetNeeds(hidden=(1,)), [TOKENS_BT + number for number in range(4)]
+    for tokens_BT in step:
+        target.read_ahead(tokens_BT, POSITIONS_BT, needs)
+    for tokens_BT in step:
+        target.read(tokens_BT, POSITIONS_BT, needs)
+    assert len(engine.texts) == 4
 
 
 def test_a_training_reads_the_micro_batches_of_the_next_step_ahead(own):
@@ -190,6 +203,10 @@ def test_a_training_reads_the_micro_batches_of_the_next_step_ahead(own):
     assert engine.began.wait(60)
     read = module._with_target(planned)
     assert len(engine.texts) == 1, "and not again in the step"
+    # The engine's blocks are not this process's operations; those of the loaded target are.
+    counted = module.flops
+    assert counted == distill_flops(drafter, target, batch.shape, reads=False, head=True)
+    assert counted < distill_flops(drafter, target, batch.shape, reads=True, head=True)
     assert read.target.has(drafter.needs())
     assert module.planned(read).target is read.target
     assert not target._ahead, "a micro-batch that has all is not read"

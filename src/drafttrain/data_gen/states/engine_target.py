@@ -29,7 +29,7 @@ AGREEMENT = 0.5
 """Least share of texts whose next token must be the same by the engine and by the head here; rounding moves near ties."""
 
 MOST_AHEAD = 64
-"""Micro-batches that are read ahead at most; older ones were not asked for."""
+"""Micro-batches whose states are here before they are asked for, at most. Those after them are read when they are asked for."""
 
 Text = tuple[int, ...]
 
@@ -40,6 +40,8 @@ class EngineTarget(AbsentTarget):
     Args:
         while_training: The training reads it in every step, so the engine is not released before.
     """
+
+    elsewhere = True
 
     def __init__(
         self, target: AbsentTarget, settings: TargetSettings, engine: StatesEngine, *, while_training: bool
@@ -67,9 +69,8 @@ class EngineTarget(AbsentTarget):
         """Let the engine read a batch while this process does something else, such as the step before it."""
         asked = _Asked(_documents(tokens_BT, positions_BT), self._layers(needs))
         with self._lock:
-            while len(self._ahead) >= MOST_AHEAD:
-                self._ahead.pop(next(iter(self._ahead))).cancel()
-            self._ahead[asked.key] = self._reader.submit(self._states, asked)
+            if asked.key not in self._ahead and len(self._ahead) < MOST_AHEAD:
+                self._ahead[asked.key] = self._reader.submit(self._states, asked)
 
     @torch.no_grad()
     def read(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class RetokenizedProposer:
     """Drafts in the drafter's own tokens and proposes the target's: verification is the ordinary one, on the target's ids.
 
-    After every round the whole text is encoded again by the drafter's tokenizer, which may join the newest characters to tokens before
+    After every round the newest text is encoded again by the drafter's tokenizer, which may join the newest characters to tokens before
     them. What is cached stays as far as the tokens agree. Where the text ends inside a character, whose other bytes the target has yet
     to write, the drafter cannot read its end and drafts nothing in this round.
 
@@ -52,7 +52,7 @@ class RetokenizedProposer:
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
         """Read the prompts without their last own tokens."""
         self._contexts = list(contexts)
-        self._read()
+        self._readings = [self._other.read(context.tokens) for context in contexts]
         own = [
             Context(context.id, list(reading.ids), len(reading.ids))
             for context, reading in zip(contexts, self._readings, strict=True)
@@ -88,7 +88,8 @@ class RetokenizedProposer:
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
         """Read the committed text again."""
-        self._read()
+        pairs = zip(self._contexts, self._readings, strict=True)
+        self._readings = [self._other.read(context.tokens, known) for context, known in pairs]
         self._drafts.continue_from([reading.ids for reading in self._readings], self._drafted)
 
     def drop(self, keep: Sequence[int]) -> None:
@@ -96,6 +97,3 @@ class RetokenizedProposer:
         self._contexts = [self._contexts[i] for i in keep]
         self._readings = [self._readings[i] for i in keep]
         self._drafts.drop(keep)
-
-    def _read(self) -> None:
-        self._readings = [self._other.read(context.tokens) for context in self._contexts]
