@@ -15,9 +15,6 @@ from drafttrain.eval.prompts import Prompts
 from drafttrain.eval.proposers import TrainingFree, proposers
 from drafttrain.eval.proposers.none import PLAIN
 
-NOT_PIPELINED = ("tree", "batch_schedule")
-"""Length policies that draft trees, or decide after the drafts of all sequences."""
-
 
 @dataclass
 class EvalSettings:
@@ -95,7 +92,7 @@ class EvalSettings:
         beside = [TrainingFree(one).label for one in self.beside]
         problems += [f"beside: {one} occurs twice" for one in dict.fromkeys(beside) if beside.count(one) > 1]
         if self.schedule == PIPELINED:
-            refused = [label for label in labels if label.split()[0] in NOT_PIPELINED]
+            refused = [length_label(one) for one in (self.length, *self.also) if not _drafts_alone(one)]
             problems += [f"schedule: pipelined drafts a chain for each sequence alone, not {one}" for one in refused]
             problems += [
                 f"schedule: pipelined drafts with a model of its own: leave out beside: {one}" for one in beside
@@ -124,6 +121,11 @@ class EvalSettings:
             speed_prompts=min(self.speed_prompts, 2),
             also=self.also[:1],
         )
+
+
+def _drafts_alone(length: Any) -> bool:
+    """Return whether a length policy drafts chains, and decides for each sequence alone."""
+    return length.kind != "batch_schedule" and getattr(length, "width", 1) == 1
 
 
 def length_label(length: Any) -> str:
