@@ -25,7 +25,7 @@ from drafttrain.eval.interval import Interval
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.lone_rounds import calibrated, lone_rounds
 from drafttrain.eval.page import label, write_picture
-from drafttrain.eval.pipelined import PIPELINED, SERIAL
+from drafttrain.eval.pipelined import PIPELINED, SERIAL, Schedule
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.proposers.none import PLAIN
 from drafttrain.eval.result import Result, current_result
@@ -213,7 +213,7 @@ def _recorded(opened: _Opened) -> Recorded:
 
 
 def _settings(opened: _Opened) -> EvalSettings:
-    schedule = PIPELINED if _pipelined(opened) else SERIAL
+    schedule: Schedule = PIPELINED if _pipelined(opened) else SERIAL
     return replace(opened.settings, temperatures=[_temperature(opened)], schedule=schedule)
 
 

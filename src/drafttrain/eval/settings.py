@@ -1,7 +1,7 @@
 """The section `eval` of a recipe."""
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 from drafttrain.core.registry import component_mapping
 from drafttrain.core.settings import setting
@@ -10,7 +10,7 @@ from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.length.fixed import FixedLengthSettings
-from drafttrain.eval.pipelined import PIPELINED, SERIAL
+from drafttrain.eval.pipelined import PIPELINED, SERIAL, Schedule
 from drafttrain.eval.prompts import Prompts
 from drafttrain.eval.proposers import TrainingFree, proposers
 from drafttrain.eval.proposers.none import PLAIN
@@ -57,7 +57,7 @@ class EvalSettings:
         help="Decides whether an output solves its prompt, by kind; prompts then need an `answer`. null: no task score.",
         registry=checkers,
     )
-    schedule: Literal["serial", "pipelined"] = setting(
+    schedule: Schedule = setting(
         SERIAL,
         help="serial; or pipelined: the drafter drafts the next chain while the target verifies the last one, as on two devices. Here "
         "the same decisions are made one after the other, so measured times are no gain.",
