@@ -16,6 +16,7 @@ from drafttrain.core.provenance import commit, processor
 from drafttrain.core.texts import Sampling
 from drafttrain.eval.advice import Candidate, Device, Recorded
 from drafttrain.eval.arms import Arm, decode
+from drafttrain.eval.decoding_memory import DecodingMemory
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.lone_rounds import calibrated, lone_rounds
 from drafttrain.eval.prompts import read_prompts
@@ -55,6 +56,7 @@ def main() -> None:
     texts = [Text(one.id, list(one.prompt_tokens), list(one.tokens)) for one in plain.generations]
     rows = replay_rows(target, drafter, texts, sampling, num_depths=max(LENGTHS))
     (plain_round,) = lone_rounds(PLAIN, target, first, settings, length=settings.length, count=1)
+    memory = DecodingMemory.of(target, drafter, sampling, plain_round.forwards)
     context = sum(len(text.prompt) + len(text.new) // 2 for text in texts) // len(texts)
     print(
         f"| drafter | K | tokens a call, replay | predicted | measured | predicted / measured | within {WITHIN:.0%} |"
@@ -65,7 +67,7 @@ def main() -> None:
         tau = ratio_interval([len(text.new) for text in texts], [expected_rounds(row, count) for row in rows])
         rounds = lone_rounds(drafter, target, first, settings, length=length)
         one = Candidate({}, tau, True, [found.forwards for found in rounds], count)
-        recorded = Recorded([one], plain_round.forwards[-1])
+        recorded = Recorded([one], plain_round.forwards[-1], memory)
         predicted = recorded.predicted(one, device, batch=1, context=context).speedup
         found = ratio_of_ratios(_decoded(arm), _decoded(plain))
         off = predicted.value / found.value - 1

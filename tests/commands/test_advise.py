@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from drafttrain.cli import app
 from drafttrain.commands.advise import Question, advise
 from drafttrain.core.errors import RecipeError
 from drafttrain.eval.advice import Advice
-from drafttrain.eval.clock import Efficiency
 from drafttrain.eval.typed_json import from_json
 
 SMALL = ["eval.num_prompts=3", "eval.max_new_tokens=8", "eval.temperatures=[0.0]", "eval.replay_lengths=[1, 2]"]
@@ -25,7 +25,6 @@ def question(drafter: str, target: str, **changed: object) -> Question:
         "batches": [1, 64],
         "contexts": [512],
         "dtype": "bfloat16",
-        "efficiency": Efficiency(),
         "overrides": [*SMALL, "eval.length.num_draft_tokens=2"],
     }
     return Question(drafter, target, **asked | changed)  # type: ignore[arg-type]
@@ -46,14 +45,30 @@ def test_the_advice_of_a_drafter_that_equals_its_target(save_llama: Callable[...
     assert ideal.block_efficiency.value == pytest.approx(2, abs=0.3)
     assert ideal.speedup.value == pytest.approx(ideal.block_efficiency.value * ideal.plain_ms / ideal.round_ms)
     assert ideal.speedup.value < 1.05
+    # Two calls of the drafter and one of the target.
+    decoded = points["h100, ideal", 1, 2]
+    assert decoded.round_ms == pytest.approx(3 * decoded.plain_ms, rel=0.1)
     assert points["h100", 64, 1].tokens_per_second > points["h100", 1, 1].tokens_per_second
     assert points["here", 1, 1].round_ms > points["here", 1, 1].plain_ms > 0
     assert any("lone forwards" in line for line in found.measured)
     assert any("70% of its bandwidth" in line for line in found.assumed)
 
 
+def test_a_pipelined_round_takes_as_long_as_the_slower_device(
+    save_llama: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(save_llama())
+    asked = question(folder, folder, batches=[1])
+    found = advise(replace(asked, overrides=[*asked.overrides, "eval.schedule=pipelined"]))
+    capsys.readouterr()
+    assert not any(one.from_replay for one in found.surface), "replay is about serial rounds"
+    (ideal,) = (one for one in found.surface if one.device == "h100, ideal")
+    # Equal models: two calls of the drafter hide the one of the target.
+    assert ideal.round_ms == pytest.approx(2 * ideal.plain_ms, rel=0.1)
+
+
 def test_wrong_arguments_are_refused_together(tmp_path: Path) -> None:
-    wrong = question("x", "y", gpus=["h100", "h1000"], dtype="int3", efficiency=Efficiency(1.5, 0.0))
+    wrong = question("x", "y", gpus=["h100", "h1000"], dtype="int3", bandwidth_share=1.5, peak_share=0.0)
     with pytest.raises(RecipeError) as caught:
         wrong.check()
     for part in ("unknown GPU 'h1000'. Available: b200", "here", "--bandwidth-share", "--peak-share", "got 'int3'"):

@@ -21,6 +21,7 @@ from drafttrain.eval.clock import (
     roofline_of,
     serial_seconds,
 )
+from drafttrain.eval.decoding_memory import DecodingMemory
 from drafttrain.eval.interval import Interval
 from drafttrain.target_model.cached_lm import CachedLM
 from tests.conftest import random_llama
@@ -115,6 +116,9 @@ def test_the_first_blocks_of_the_target_are_timed_as_the_target() -> None:
     assert clock(first) == clock(event(1, 5)) != clock(event(1, 5, model="drafter"))
 
 
+MEMORY = DecodingMemory(2 * PARAMETERS, [event(1, 9)], vocab_size=1000, element_bytes=2, sampled=False)
+
+
 def chain(count: int, tau: float, *, drafter: int) -> Candidate:
     drafting = [event(1, 100 + place, model="drafter", parameters=drafter) for place in range(count)]
     interval = Interval(tau, tau - 0.1, tau + 0.1, 8)
@@ -126,7 +130,7 @@ def test_the_prediction_is_the_formula_of_speculative_decoding() -> None:
     gpu = gpu_named("h100")
     assert gpu is not None
     device = Device("h100", roofline_of(gpu, DATA_SHEET), "data sheet")
-    said = Recorded([chain(4, 3.0, drafter=PARAMETERS // 10)], event(1, 100))
+    said = Recorded([chain(4, 3.0, drafter=PARAMETERS // 10)], event(1, 100), MEMORY)
     found = said.predicted(said.candidates[0], device, batch=1, context=0)
     assert found.speedup.value == pytest.approx(3.0 / (0.1 * 4 + 1), rel=0.02)
     assert found.speedup.low == pytest.approx(found.speedup.value * 2.9 / 3.0)
@@ -136,11 +140,25 @@ def test_the_prediction_is_the_formula_of_speculative_decoding() -> None:
     assert found.plain_ms == pytest.approx(1000 * alone)
 
 
+def test_a_batch_that_does_not_fit_is_marked() -> None:
+    gpu = gpu_named("t4")
+    assert gpu is not None
+    device = Device("t4", roofline_of(gpu, DATA_SHEET), "data sheet", memory_bytes=gpu.memory_bytes)
+    said = Recorded([chain(4, 3.0, drafter=1)], event(1, 100), MEMORY)
+    # 1,024 bytes a token, so of 16 GB less 2 for the context 32k tokens each take a 417th.
+    small, large = (said.predicted(said.candidates[0], device, batch=batch, context=32768) for batch in (400, 430))
+    assert small.fits
+    assert not large.fits
+    assert large.gigabytes > 14 > small.gigabytes
+
+
 def test_the_gain_ends_where_a_scan_of_all_batches_finds_it() -> None:
     gpu = gpu_named("h100")
     assert gpu is not None
     device = Device("h100", roofline_of(gpu, Efficiency(layer_seconds=0.0)), "assumed")
-    said = Recorded([chain(k, 1 + 0.55 * k**0.8, drafter=PARAMETERS // 20) for k in (1, 2, 4, 8)], event(1, 100))
+    said = Recorded(
+        [chain(k, 1 + 0.55 * k**0.8, drafter=PARAMETERS // 20) for k in (1, 2, 4, 8)], event(1, 100), MEMORY
+    )
     end = said.end_of_gain(device, context=0)
     gains = [
         max(one.speedup.value for one in said.surface([device], batches=[batch], contexts=[0]))

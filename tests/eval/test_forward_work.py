@@ -13,7 +13,9 @@ from drafttrain.core.generations import ForwardEvent, ForwardShape
 from drafttrain.core.texts import Prompt
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.target_model import Target
+from drafttrain.target_model.matrix_products import query_width
 from tests.conftest import random_llama
+from tests.drafters.block_models import block_drafter, block_target
 from tests.drafters.eagle_models import eagle_drafter, eagle_target
 from tests.drafters.p_eagle_models import p_eagle
 from tests.eval.decoding import decode
@@ -84,3 +86,13 @@ def test_the_operations_of_an_event_are_those_that_pytorch_runs(kind: str) -> No
         seen_by_mask = attention(widths[event.model], masked_pairs(event.shape), gradients=0).flops
         assert event.work.flops + seen_by_mask == flops, (event.model, event.shape)
     assert any(event.shape.head_rows == 0 for event, _ in found), "a prefill without the head is among them"
+
+
+def test_the_operations_of_a_decoding_with_blocks_are_those_that_pytorch_runs() -> None:
+    """DFlash reports a pass before its head runs, so the sum over the whole decoding is compared."""
+    target = block_target()
+    found = counted(target, block_drafter(target), PROMPTS[:1])
+    layers, width = target.model.config.num_hidden_layers, query_width(target.model.config)
+    hidden = sum(masked_pairs(event.shape) for event, _ in found if event.model == "target")
+    said = sum(event.work.flops for event, _ in found)
+    assert said + attention(layers * width, hidden, gradients=0).flops == sum(flops for _, flops in found)

@@ -11,10 +11,10 @@ from drafttrain.core.errors import RecipeError
 
 def add_to(app: typer.Typer) -> None:
     """Add the command of this file."""
-    app.command()(advise)
+    app.command(name="advise")(ask)
 
 
-def advise(
+def ask(
     drafter: Annotated[
         list[str],
         typer.Argument(
@@ -71,14 +71,11 @@ def advise(
         batches, contexts = _sizes("--batch", batch, problems), _sizes("--context", context, problems, least=0)
         if problems:
             raise RecipeError("arguments", problems)
-        from drafttrain.commands.advise import Question
-        from drafttrain.commands.advise import advise as found
-        from drafttrain.eval.clock import Efficiency
+        from drafttrain.commands.advise import Question, advise
 
-        reached = Efficiency(bandwidth_share, peak_share, launch_us / 1e6)
         gpus = [name for name in gpu.split(",") if name]
-        question = Question(named[0], target, gpus, batches, contexts, dtype, reached, overrides)
-        found(question, out=out)
+        given = (named[0], target, gpus, batches, contexts, dtype, overrides)
+        advise(Question(*given, bandwidth_share, peak_share, launch_us), out=out)
 
 
 def _sizes(option: str, text: str, problems: list[str], *, least: int = 1) -> list[int]:

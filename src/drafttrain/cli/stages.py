@@ -32,28 +32,27 @@ def add_to(app: typer.Typer) -> None:
     app.command()(export)
 
 
+def _run_stage(name: str, recipe: str, overrides: list[str] | None, *, smoke: bool, runs: Path, debug: bool) -> None:
+    with exit_codes(debug=debug):
+        loaded, run_folder = recipe_and_run_folder(recipe, overrides, smoke=smoke, runs=runs)
+        _start_processes(loaded)
+        from drafttrain.commands import fit, gen
+
+        {"fit": fit.fit, "gen": gen.gen}[name](loaded, run_folder)
+
+
 def fit(
     recipe: RecipeOrFolder, overrides: Overrides = None, smoke: Smoke = False, runs: Runs = RUNS, debug: Debug = False
 ) -> None:
     """Run all stages: generate data, train, export, evaluate. Finished stages are skipped, an interrupted one continues."""
-    with exit_codes(debug=debug):
-        loaded, run_folder = recipe_and_run_folder(recipe, overrides, smoke=smoke, runs=runs)
-        _start_processes(loaded)
-        from drafttrain.commands.fit import fit
-
-        fit(loaded, run_folder)
+    _run_stage("fit", recipe, overrides, smoke=smoke, runs=runs, debug=debug)
 
 
 def gen(
     recipe: RecipeOrFolder, overrides: Overrides = None, smoke: Smoke = False, runs: Runs = RUNS, debug: Debug = False
 ) -> None:
     """Only generate the data of a recipe with its target."""
-    with exit_codes(debug=debug):
-        loaded, run_folder = recipe_and_run_folder(recipe, overrides, smoke=smoke, runs=runs)
-        _start_processes(loaded)
-        from drafttrain.commands.gen import gen
-
-        gen(loaded, run_folder)
+    _run_stage("gen", recipe, overrides, smoke=smoke, runs=runs, debug=debug)
 
 
 def export(

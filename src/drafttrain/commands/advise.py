@@ -15,16 +15,17 @@ from drafttrain.core.errors import CheckpointError, RecipeError
 from drafttrain.core.files import write_json
 from drafttrain.core.gpus import MEMORY_AND_BANDWIDTH, Gpu, gpu_named
 from drafttrain.core.registry import component_mapping
-from drafttrain.core.texts import Prompt
+from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.advice import ASSUMED, Advice, Candidate, Device, End, Predicted, Recorded
 from drafttrain.eval.clock import DATA_SHEET, Efficiency, roofline_of
+from drafttrain.eval.decoding_memory import DecodingMemory
 from drafttrain.eval.fastest_length import evaluated_lengths
 from drafttrain.eval.interval import Interval
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.lone_rounds import calibrated, lone_rounds
 from drafttrain.eval.page import label, write_picture
-from drafttrain.eval.pipelined import PIPELINED, SERIAL
+from drafttrain.eval.pipelined import PIPELINED, SERIAL, Schedule
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.proposers.none import PLAIN
 from drafttrain.eval.result import Result, current_result
@@ -52,8 +53,15 @@ class Question:
     batches: Sequence[int]
     contexts: Sequence[int]
     dtype: str
-    efficiency: Efficiency
     overrides: Sequence[str]
+    bandwidth_share: float = Efficiency.bandwidth
+    peak_share: float = Efficiency.flops
+    launch_us: float = 1e6 * Efficiency.layer_seconds
+
+    @property
+    def efficiency(self) -> Efficiency:
+        """What is assumed to be reached of a data sheet."""
+        return Efficiency(self.bandwidth_share, self.peak_share, self.launch_us / 1e6)
 
     def check(self) -> None:
         """Refuse what cannot be asked.
@@ -66,14 +74,14 @@ class Question:
             for name in self.gpus
             if name != HERE and gpu_named(name) is None
         ]
-        shares = {"--bandwidth-share": self.efficiency.bandwidth, "--peak-share": self.efficiency.flops}
+        shares = {"--bandwidth-share": self.bandwidth_share, "--peak-share": self.peak_share}
         problems += [
             f"{option}: must be above 0 and at most 1, got {share:g}"
             for option, share in shares.items()
             if not 0 < share <= 1
         ]
-        if self.efficiency.layer_seconds < 0:
-            problems.append(f"--launch-us: must be 0 or more, got {1e6 * self.efficiency.layer_seconds:g}")
+        if self.launch_us < 0:
+            problems.append(f"--launch-us: must be 0 or more, got {self.launch_us:g}")
         if self.dtype not in NUM_BYTES:
             problems.append(f"--dtype: must be one of {', '.join(NUM_BYTES)}, got {self.dtype!r}")
         if problems:
@@ -99,7 +107,7 @@ def advise(question: Question, *, out: Path | None = None) -> Advice:
     question.check()
     quiet_libraries()
     opened = _opened(question)
-    recorded = Recorded(_candidates(opened), _plain(opened))
+    recorded = _recorded(opened)
     devices = [device for name in question.gpus for device in _devices(name, question, opened)]
     surface = recorded.surface(devices, batches=question.batches, contexts=question.contexts)
     ends = [
@@ -123,7 +131,7 @@ def advise(question: Question, *, out: Path | None = None) -> Advice:
         assumed=[*(device.how for device in devices if device.name != HERE), *ASSUMED],
     )
     _show(advice)
-    out = out or (opened.folder if Path(question.drafter).is_dir() else None)
+    out = out or (Path(question.drafter) if Path(question.drafter).is_dir() else None)
     if out is None:
         say("advice.json and advice.png: not written: give --out DIR")
     else:
@@ -196,14 +204,16 @@ def _pipelined(opened: _Opened) -> bool:
     return opened.result.settings.get("schedule") == PIPELINED
 
 
-def _plain(opened: _Opened) -> Any:
-    settings = _settings(opened)
-    (one,) = lone_rounds(PLAIN, opened.target, opened.prompt, settings, length=settings.length, count=1)
-    return one.forwards[-1]
+def _recorded(opened: _Opened) -> Recorded:
+    settings, candidates = _settings(opened), _candidates(opened)
+    (plain,) = lone_rounds(PLAIN, opened.target, opened.prompt, settings, length=settings.length, count=1)
+    sampling = Sampling(_temperature(opened))
+    memory = DecodingMemory.of(opened.target, opened.drafter, sampling, candidates[0].rounds[-1])
+    return Recorded(candidates, plain.forwards[-1], memory)
 
 
 def _settings(opened: _Opened) -> EvalSettings:
-    schedule = PIPELINED if _pipelined(opened) else SERIAL
+    schedule: Schedule = PIPELINED if _pipelined(opened) else SERIAL
     return replace(opened.settings, temperatures=[_temperature(opened)], schedule=schedule)
 
 
@@ -217,12 +227,19 @@ def _devices(name: str, question: Question, opened: _Opened) -> list[Device]:
     assert gpu is not None, "checked before"
     width = NUM_BYTES[question.dtype] / opened.target.model.dtype.itemsize
     return [
-        Device(gpu.name, roofline_of(gpu, question.efficiency), _reached(gpu, question), width=width),
+        Device(
+            gpu.name,
+            roofline_of(gpu, question.efficiency),
+            _reached(gpu, question),
+            width=width,
+            memory_bytes=gpu.memory_bytes,
+        ),
         Device(
             f"{gpu.name}, ideal",
             roofline_of(gpu, DATA_SHEET),
             f"{gpu.name}, ideal: {_rate(gpu)} of its data sheet, {question.dtype}, nothing else takes time",
             width=width,
+            memory_bytes=gpu.memory_bytes,
         ),
     ]
 
@@ -249,10 +266,11 @@ def _show(advice: Advice) -> None:
             "none pays" if one.speedup.value <= 1 else length_label(length_of(one.length)),
             one.block_efficiency.text(),
             f"{one.tokens_per_second:,.0f}",
+            f"{one.gigabytes:.3g}" if one.fits else f"{one.gigabytes:.3g}: does not fit",
         ]
         for one in advice.best()
     ]
-    columns = ["device", "context", "batch", "speed-up", "best length", "tokens a target call", "tokens/s"]
+    columns = ["device", "context", "batch", "speed-up", "best length", "tokens a target call", "tokens/s", "GB"]
     title = f"{advice.drafter} drafts for {advice.target}, temperature {advice.temperature:g}: predicted, by length the best"
     table(rows, columns=columns, title=f"\n{title}")
     ends = [

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from drafttrain.core.generations import ForwardEvent
+from drafttrain.core.gpus import RESERVED_BYTES
+from drafttrain.core.proposals import Budget
 from drafttrain.eval.clock import NO_HOST, TARGET, Clock, Host, pipelined_seconds, serial_seconds
+from drafttrain.eval.decoding_memory import DecodingMemory
 from drafttrain.eval.interval import Interval
 
 MOST_SEQUENCES = 4096
@@ -42,6 +45,12 @@ class Candidate:
     pipelined: bool = False
     """The drafter has a device of its own."""
 
+    @property
+    def draft(self) -> Budget:
+        """The draft of a mean round."""
+        nodes = round(self.num_draft_tokens)
+        return Budget(nodes, min(nodes, self.length.get("depth", nodes)), self.length.get("width", 1))
+
 
 @dataclass(frozen=True)
 class Device:
@@ -55,6 +64,8 @@ class Device:
     plain_host: Host = NO_HOST
     width: float = 1.0
     """Bytes of its numbers, divided by those of the numbers here."""
+    memory_bytes: float | None = None
+    """None: not known."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,10 @@ class Predicted:
     round_ms: float
     plain_ms: float
     """A round of plain decoding: one token of each sequence."""
+    gigabytes: float
+    """Weights, caches, logits and masks of both models, without prefill and activations."""
+    fits: bool
+    """Into the device's memory, as far as that is known."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +131,7 @@ class Recorded:
     candidates: Sequence[Candidate]
     plain: ForwardEvent
     """The target's call in a round of plain decoding of one sequence."""
+    memory: DecodingMemory
 
     def surface(self, devices: Sequence[Device], *, batches: Sequence[int], contexts: Sequence[int]) -> list[Predicted]:
         """Return every candidate at every device, context and batch."""
@@ -136,6 +152,7 @@ class Recorded:
         plain = self.plain.at(batch=batch, context=context, width=device.width)
         plain_seconds = device.clock(plain) + device.plain_host(0)
         gain, tokens = plain_seconds / round_seconds, candidate.block_efficiency
+        held = device.width * self.memory.peak(candidate.draft, context, batch=batch)
         return Predicted(
             device=device.name,
             batch=batch,
@@ -147,6 +164,8 @@ class Recorded:
             tokens_per_second=batch * tokens.value / round_seconds,
             round_ms=1000 * round_seconds,
             plain_ms=1000 * plain_seconds,
+            gigabytes=held / 1e9,
+            fits=device.memory_bytes is None or held + RESERVED_BYTES <= device.memory_bytes,
         )
 
     def end_of_gain(self, device: Device, *, context: int) -> int | None:

@@ -79,9 +79,9 @@ class DecodingMemory:
 
         Args:
             num_tokens: Of each sequence's text.
-            prompt: Its first tokens that were read at once; None: all. Caches have grown since.
+            prompt: Its first tokens that were read at once: caches have grown since. None: they have just the room that is needed.
         """
-        nodes = draft.nodes + 1
+        nodes, cached = draft.nodes + 1, num_tokens + draft.nodes
         row = self.vocab_size * max(FLOAT32, self.element_bytes)
         logits = nodes * self.vocab_size * self.element_bytes
         tree = draft.width > 1
@@ -93,7 +93,7 @@ class DecodingMemory:
         mask = nodes * (num_tokens + nodes) * (self.element_bytes + 1) if tree else 0
         return {
             "weights": self.weight_bytes,
-            "caches": batch * self.columns(num_tokens + draft.nodes, prompt or num_tokens) * self.column_bytes,
+            "caches": batch * self.columns(cached, prompt or cached) * self.column_bytes,
             "logits and distributions": batch * max(verifying, drafting),
             "masks": batch * mask,
         }

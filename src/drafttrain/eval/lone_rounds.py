@@ -141,7 +141,7 @@ def calibrated(source: Source, target: Target, prompt: Prompt, settings: EvalSet
     longer = replace(prompt, tokens=(list(prompt.tokens) * LONG_TEXT)[:LONG_TEXT])
     forwards = lone_forwards(target, [prompt.tokens, longer.tokens])
     lengths = [FixedLengthSettings(count) for count in CALIBRATION_LENGTHS]
-    arms = [(PLAIN, settings.length, prompt)]
+    arms: list[tuple[Source, Any, Prompt]] = [(PLAIN, settings.length, prompt)]
     arms += [(source, length, text) for length in lengths for text in (prompt, longer)]
     turns: list[list[list[LoneRound]]] = [[] for _ in arms]
     for turn in range(TURNS + 1):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from drafttrain.core.roles import DraftsAhead, Proposer
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
 
-SERIAL, PIPELINED = "serial", "pipelined"
+Schedule = Literal["serial", "pipelined"]
+SERIAL: Schedule = "serial"
+PIPELINED: Schedule = "pipelined"
 
 
 @dataclass
@@ -137,6 +140,6 @@ def _proposal(root: int, draft: _Draft, *, unread_leaf: bool) -> Proposal:
     return replace(chain([root, *draft.tokens], kind=kind, q_rows_RV=rows_RV), unread_leaf=unread_leaf)
 
 
-def scheduled(schedule: str, proposer: Proposer, *, max_new_tokens: int) -> Proposer:
+def scheduled(schedule: Schedule, proposer: Proposer, *, max_new_tokens: int) -> Proposer:
     """Return the proposer as this schedule runs it."""
     return Pipelined(proposer, max_new_tokens=max_new_tokens) if schedule == PIPELINED else proposer

@@ -1,7 +1,7 @@
 """The section `eval` of a recipe."""
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 from drafttrain.core.registry import component_mapping
 from drafttrain.core.settings import setting
@@ -10,13 +10,10 @@ from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.length.fixed import FixedLengthSettings
-from drafttrain.eval.pipelined import PIPELINED, SERIAL
+from drafttrain.eval.pipelined import PIPELINED, SERIAL, Schedule
 from drafttrain.eval.prompts import Prompts
 from drafttrain.eval.proposers import TrainingFree, proposers
 from drafttrain.eval.proposers.none import PLAIN
-
-NOT_PIPELINED = ("tree", "batch_schedule")
-"""Length policies that draft trees, or decide after the drafts of all sequences."""
 
 
 @dataclass
@@ -65,7 +62,7 @@ class EvalSettings:
         help="Decides whether an output solves its prompt, by kind; prompts then need an `answer`. null: no task score.",
         registry=checkers,
     )
-    schedule: Literal["serial", "pipelined"] = setting(
+    schedule: Schedule = setting(
         SERIAL,
         help="serial; or pipelined: the drafter drafts the next chain while the target verifies the last one, as on two devices. Here "
         "the same decisions are made one after the other, so measured times are no gain.",
@@ -100,7 +97,7 @@ class EvalSettings:
         beside = [TrainingFree(one).label for one in self.beside]
         problems += [f"beside: {one} occurs twice" for one in dict.fromkeys(beside) if beside.count(one) > 1]
         if self.schedule == PIPELINED:
-            refused = [label for label in labels if label.split()[0] in NOT_PIPELINED]
+            refused = [length_label(one) for one in (self.length, *self.also) if not _drafts_alone(one)]
             problems += [f"schedule: pipelined drafts a chain for each sequence alone, not {one}" for one in refused]
             problems += [
                 f"schedule: pipelined drafts with a model of its own: leave out beside: {one}" for one in beside
@@ -133,6 +130,11 @@ class EvalSettings:
             speed_prompts=min(self.speed_prompts, 2),
             also=self.also[:1],
         )
+
+
+def _drafts_alone(length: Any) -> bool:
+    """Return whether a length policy drafts chains, and decides for each sequence alone."""
+    return length.kind != "batch_schedule" and getattr(length, "width", 1) == 1
 
 
 def length_label(length: Any) -> str:
