@@ -92,6 +92,7 @@ class Recipe:
             )
         problems += self._confidence()
         problems += self._numbered_devices()
+        problems += self._beside()
         if "gain_over_start" in self.export.require and not self.eval.start:
             problems.append("export.require.gain_over_start: the start is not evaluated with eval.start: false")
         problems += self._adapters()
@@ -126,6 +127,16 @@ class Recipe:
         if made_of is not None and any(readers.values()) and not made_of.predicts_confidence(self.drafter):
             has_none = f"a prediction of acceptance, and drafter.kind {self.drafter.kind} with these settings has none"
             yield from (f"{what} {has_none}" for what, is_there in readers.items() if is_there)
+
+    def _beside(self) -> Iterator[str]:
+        """Yield proposers that cannot add nodes to what this drafter drafts."""
+        if getattr(self.drafter, "kind", "") == "kangaroo":
+            for one in self.eval.beside:
+                if getattr(one, "reads_drafter", False):
+                    yield (
+                        f"eval.beside: {one.kind} adds nodes to the drafter's, and drafter.kind kangaroo runs the target's first "
+                        "blocks on its own nodes only: give it another `drafter`, or leave it out"
+                    )
 
     def _exports(self) -> Iterator[str]:
         """Yield the formats and engines that do not support what this recipe trains."""

@@ -47,7 +47,7 @@ class EvalSettings:
     )
     beside: list[Any] = setting(
         [],
-        help="Proposers that need no training, evaluated beside the drafter and compared with it, by kind: `{kind: ngram}`.",
+        help="Proposers that need no training, evaluated beside the drafter and compared with it, by kind: `{kind: ngram}` (docs/proposers.md).",
         registry=proposers,
     )
     rule: Any = setting(LosslessSettings(), help="Which draft tokens are accepted, by kind.", registry=acceptance_rules)

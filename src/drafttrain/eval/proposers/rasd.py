@@ -101,7 +101,7 @@ class Rasd:
     further call. It is not known where the drafter has a vocabulary of its own and its tree is FIXED, or where it is no model:
     then nothing is pruned.
 
-    Source: Quan et al. 2025, RASD: Retrieval-Augmented Speculative Decoding, arXiv 2503.03434.
+    Source: Quan et al. 2025, RASD: Retrieval-Augmented Speculative Decoding, Findings of ACL 2025.
     """
 
     def __init__(self, model: Proposer, retrieval: Proposer, settings: RasdSettings, *, vocab_size: int) -> None:
