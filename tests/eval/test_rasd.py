@@ -228,6 +228,13 @@ def test_it_composes_proposers_without_a_model():
     assert sum(len(one.rounds) for one in both) < sum(len(one.rounds) for one in lone)
 
 
+def test_it_uses_the_evaluated_drafter_if_any_part_does():
+    assert RasdSettings().reads_drafter
+    assert not RasdSettings(drafter=NgramSettings()).reads_drafter
+    assert RasdSettings(drafter=RasdSettings()).reads_drafter
+    assert RasdSettings(drafter=NgramSettings(), retrieval=RasdSettings()).reads_drafter
+
+
 def test_retrieved_paths_are_pruned_by_the_drafters_probability():
     target = Target(random_llama().double(), byte_tokenizer(), name="tiny", fingerprint="")
     drafter = CausalLMDrafter(target.model)

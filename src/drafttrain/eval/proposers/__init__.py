@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
@@ -84,7 +84,7 @@ class TextDraft(Protocol):
         ...
 
 
-class TextProposer:
+class TextProposer(ABC):
     """Base class of proposers that draft each text on its own: `start` returns the drafter of one text."""
 
     needs: ClassVar[TargetNeeds] = TargetNeeds()

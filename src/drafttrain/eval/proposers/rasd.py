@@ -42,8 +42,9 @@ class RasdSettings:
 
     @property
     def reads_drafter(self) -> bool:
-        """It uses the drafter that is evaluated."""
-        return self.drafter is None
+        """It uses the drafter that is evaluated, or one of its parts does."""
+        parts = (self.drafter, self.retrieval)
+        return self.drafter is None or any(getattr(one, "reads_drafter", False) for one in parts)
 
 
 def fused(model: Proposal, retrieved: Proposal, budget: Budget, *, may_begin: Callable[[int], bool]) -> Proposal:
