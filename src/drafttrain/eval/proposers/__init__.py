@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
@@ -84,7 +83,7 @@ class TextDraft(Protocol):
         ...
 
 
-class TextProposer(ABC):
+class TextProposer:
     """Base class of proposers that draft each text on its own: `start` returns the drafter of one text."""
 
     needs: ClassVar[TargetNeeds] = TargetNeeds()
@@ -94,9 +93,9 @@ class TextProposer(ABC):
         """Return the proposer of these settings."""
         return cls(settings)  # type: ignore[call-arg]
 
-    @abstractmethod
     def start(self, context: Context) -> TextDraft:
         """Return the drafter of a new text, whose tokens are appended to the context."""
+        raise NotImplementedError
 
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
         """Start on new texts."""
