@@ -75,11 +75,11 @@ def ways(drafter: Drafter | None) -> list[Way]:
 
 
 def rows(target: Target, drafter: Drafter | None, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Decode at temperatures 0 and 1; return the figures of each arm."""
-    settings = EvalSettings(max_new_tokens=arguments.new, speed_prompts=0)
+    """Decode at each temperature; return the figures of each arm."""
+    settings = EvalSettings(max_new_tokens=arguments.new, speed_prompts=0, batch_size=arguments.batch)
     prompts = read_prompts(arguments.prompts, target.tokenizer, prompt_tokens=48, limit=arguments.num)
     found = []
-    for temperature in (0.0, 1.0):
+    for temperature in arguments.temperatures:
         sampling = Sampling(temperature)
         plain = Arm.create("plain", PLAIN, target, sampling, settings, length=CHAIN)
         arms = [Arm.create(w.name, w.source, target, sampling, settings, length=w.length) for w in ways(drafter)]
@@ -123,6 +123,8 @@ def main() -> None:
     parser.add_argument("--prompts", default="builtin:test")
     parser.add_argument("--num", type=int, default=12)
     parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=1, help="prompts decoded together")
+    parser.add_argument("--temperatures", type=float, nargs="*", default=[0.0, 1.0])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     began = time.perf_counter()

@@ -25,6 +25,8 @@ from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.proposers import TrainingFree
 from drafttrain.eval.proposers.ngram import Ngram, NgramSettings
 from drafttrain.eval.proposers.none import NoDraftSettings
+from drafttrain.eval.proposers.rasd import RasdSettings
+from drafttrain.eval.proposers.token_recycling import TokenRecyclingSettings
 from drafttrain.eval.report import write_report
 from drafttrain.eval.result import Result, read_result
 from drafttrain.eval.settings import EvalSettings
@@ -63,7 +65,7 @@ def settings() -> EvalSettings:
         replay_lengths=[1, 2],
         repetition_ngram=0,
         also=[FixedLengthSettings(2)],
-        beside=[NgramSettings(), NgramSettings(min_ngram=3)],
+        beside=[NgramSettings(), NgramSettings(min_ngram=3), RasdSettings(), TokenRecyclingSettings(warm=True)],
     )
 
 
@@ -74,11 +76,18 @@ def result(target: Target, folder: Path, settings: EvalSettings) -> Result:
 
 def test_a_proposer_is_an_arm_of_the_same_evaluation_at_every_length(result, target, settings):
     (part,) = result.temperatures
-    assert list(part.drafters) == [
-        *("drafter", "ngram", "ngram, min_ngram 3"),
-        *("drafter (fixed 2)", "ngram (fixed 2)"),
-        "ngram, min_ngram 3 (fixed 2)",
-    ]
+    names = ["drafter", "ngram", "ngram, min_ngram 3", "rasd", "token_recycling, warm True"]
+    assert list(part.drafters) == [*names, *(f"{name} (fixed 2)" for name in names)]
+    assert part.drafters["rasd"].drafter_calls == part.drafters["drafter"].drafter_calls, "the drafter is a part of it"
+    assert part.drafters["rasd"].proposer == {
+        "kind": "rasd",
+        "retrieval": {"kind": "ngram", "min_ngram": 1},
+        "drafter": None,
+        "retrieved": 8,
+        "min_probability": 0.01,
+        "chain": False,
+    }
+    assert all(one.parity is not None and one.parity.exact for one in part.drafters.values())
     assert list(result.drafters) == ["drafter"], "it is no folder"
     found = part.drafters["ngram"]
     assert found.parity.exact

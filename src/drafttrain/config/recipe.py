@@ -105,6 +105,7 @@ class Recipe:
                 )
         problems += self._trees()
         problems += self._numbered_devices()
+        problems += self._beside()
         if "gain_over_start" in self.export.require and not self.eval.start:
             problems.append("export.require.gain_over_start: the start is not evaluated with eval.start: false")
         problems += self._adapters()
@@ -146,6 +147,16 @@ class Recipe:
         for key, length in self.eval.lengths():
             if made_of is not None and not made_of.drafts_trees and getattr(length, "most_children", 1) > 1:
                 yield f"{key}: {length.kind} is a tree, and drafter.kind {self.drafter.kind} drafts chains only: use kind fixed or confidence"
+
+    def _beside(self) -> Iterator[str]:
+        """Yield proposers that cannot add nodes to what this drafter drafts."""
+        if getattr(self.drafter, "kind", "") == "kangaroo":
+            for one in self.eval.beside:
+                if getattr(one, "reads_drafter", False):
+                    yield (
+                        f"eval.beside: {one.kind} adds nodes to the drafter's, and drafter.kind kangaroo runs the target's first "
+                        "blocks on its own nodes only: give it another `drafter`, or leave it out"
+                    )
 
     def _exports(self) -> Iterator[str]:
         """Yield the formats and engines that do not support what this recipe trains."""

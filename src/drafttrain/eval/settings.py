@@ -48,7 +48,7 @@ class EvalSettings:
     )
     beside: list[Any] = setting(
         [],
-        help="Proposers that need no training, evaluated beside the drafter and compared with it, by kind: `{kind: ngram}`.",
+        help="Proposers that need no training, evaluated beside the drafter and compared with it, by kind: `{kind: ngram}` (docs/proposers.md).",
         registry=proposers,
     )
     across_tokenizers: Literal["tokens", "strings"] = setting(

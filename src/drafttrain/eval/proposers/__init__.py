@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
@@ -94,9 +93,9 @@ class TextProposer:
         """Return the proposer of these settings."""
         return cls(settings)  # type: ignore[call-arg]
 
-    @abstractmethod
     def start(self, context: Context) -> TextDraft:
         """Return the drafter of a new text, whose tokens are appended to the context."""
+        raise NotImplementedError
 
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
         """Start on new texts."""

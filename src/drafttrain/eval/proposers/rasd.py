@@ -42,8 +42,9 @@ class RasdSettings:
 
     @property
     def reads_drafter(self) -> bool:
-        """It uses the drafter that is evaluated."""
-        return self.drafter is None
+        """It uses the drafter that is evaluated, or one of its parts does."""
+        parts = (self.drafter, self.retrieval)
+        return self.drafter is None or any(getattr(one, "reads_drafter", False) for one in parts)
 
 
 def fused(model: Proposal, retrieved: Proposal, budget: Budget, *, may_begin: Callable[[int], bool]) -> Proposal:
@@ -101,7 +102,7 @@ class Rasd:
     further call. It is not known where the drafter has a vocabulary of its own and its tree is FIXED, or where it is no model:
     then nothing is pruned.
 
-    Source: Quan et al. 2025, RASD: Retrieval-Augmented Speculative Decoding, arXiv 2503.03434.
+    Source: Quan et al. 2025, RASD: Retrieval-Augmented Speculative Decoding, Findings of ACL 2025.
     """
 
     def __init__(self, model: Proposer, retrieval: Proposer, settings: RasdSettings, *, vocab_size: int) -> None:
