@@ -6,6 +6,7 @@ acceptance rate of a draft token goes from high to low while everything else sta
     python benchmarks/sampled_trees.py OUT --stories MODEL [--eagle DRAFTER] [--prompts 24] [--new-tokens 48]
 
 MODEL is the folder of stories260K, DRAFTER one that `kinds.py` trained for it. Prompts of stories are written by the target itself.
+With `--parts` several processes share the work.
 """
 
 import argparse
@@ -62,6 +63,8 @@ TREES = (
 NOISE = (0.03, 0.08, 0.14, 0.2, 0.3)
 """Of the drafters of the crossover: standard deviation in that of each weight matrix."""
 
+PARTS = ("crossover", "eagle", "builtin")
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -112,6 +115,7 @@ def main() -> None:
     parser.add_argument("--eagle", type=Path)
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -122,13 +126,14 @@ def main() -> None:
     print("| drafter | temperature | alpha | draft | block efficiency | above the chain | nodes | drafter calls |")
     print("|---|---|---|---|---|---|---|---|")
     crossover: dict[str, list[tuple[float, Interval]]] = {}
-    for noise in NOISE:
+    for noise in NOISE if "crossover" in arguments.parts else ():
         pair = Pair(f"stories260K, noise {noise:g}", stories, self_drafter(stories, noise), *of_stories)
         chain, *trees = report(pair, 1.0, arguments.new_tokens)
         for one in trees:
             kind = one.label.split(",")[0] + (" threshold" if "threshold" in one.label else "")
             crossover.setdefault(kind, []).append((chain.alpha, ratio_difference(one.part, chain.part)))
-    plot(crossover, arguments.out / "sampled_trees.png")
+    if crossover:
+        plot(crossover, arguments.out / "sampled_trees.png")
     for pair in real_pairs(arguments, stories, of_stories):
         for temperature in (0.0, 1.0):
             report(pair, temperature, arguments.new_tokens)
@@ -137,8 +142,10 @@ def main() -> None:
 
 def real_pairs(arguments: argparse.Namespace, stories: Target, of_stories: Any) -> Any:
     """Yield the pairs whose drafters were trained."""
-    if arguments.eagle is not None:
+    if arguments.eagle is not None and "eagle" in arguments.parts:
         yield Pair("stories260K, eagle3", stories, read_drafter(arguments.eagle, stories), *of_stories)
+    if "builtin" not in arguments.parts:
+        return
     target = Target.load(TargetSettings(model="builtin:target"))
     prompts, validation = (
         read_prompts(name, target.tokenizer, prompt_tokens=48, limit=arguments.prompts)

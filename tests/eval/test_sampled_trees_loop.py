@@ -49,7 +49,7 @@ def written(new: int = 64) -> list[list[int]]:
     return [greedy(small_target(), prompt, new) for prompt in MANY]
 
 
-SHORT = ("rsd_s", "dyspec heap", "sequoia")
+SHORT = ("rsd_s", "dyspec heap")
 """Tried by every `make test`: the others grow like one of them."""
 
 
@@ -143,6 +143,7 @@ def test_the_output_of_every_form_has_the_targets_distribution(name, temperature
     assert chi_square(model, proposer, temperature, samples=12_000, policy=BRANCHED[name]) > 1e-3
 
 
+@pytest.mark.slow
 def test_control_a_chi_square_finds_draws_that_are_claimed_to_be_independent(monkeypatch):
     """Drawn without replacement, verified as if drawn with it."""
     model = small_target().model
