@@ -376,12 +376,12 @@ def test_eval_runs_where_lightning_and_deepspeed_are_not_installed(finished):
         "import sys\n"
         "for name in ('lightning', 'pytorch_lightning', 'deepspeed'): sys.modules[name] = None\n"
         "from drafttrain.cli import main\n"
-        f"sys.argv = ['drafttrain', 'eval', {str(finished / 'drafter')!r}, {str(finished / 'start')!r},"
+        f"sys.argv = ['drafttrain', 'compare', {str(finished / 'drafter')!r}, {str(finished / 'start')!r},"
         f" 'eval.num_prompts=2', 'eval.max_new_tokens=4', 'eval.speed_prompts=0',"
-        f" 'eval.prompts={finished.parent / 'prompts.jsonl'}']\n"
+        f" 'eval.prompts={finished.parent / 'prompts.jsonl'}', '--out', {str(finished.parent / 'compared')!r}]\n"
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "A - B" in done.stderr
+    assert "A - B" in done.stdout
     assert "block efficiency" in done.stdout
