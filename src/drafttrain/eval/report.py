@@ -90,7 +90,9 @@ def _plots_of_result(result: Result) -> list[Plot]:
         caption = (
             f"Paired over prompts, temperature {part.temperature:g}, with 95 % intervals; the line: both are equal."
         )
-        drawing = picture(lambda axes: compared.draw_pairs(axes, part), columns=2)
+        drawing = picture(
+            lambda axes: compared.draw_pairs(axes, part), columns=2, height=max(3.2, 1.4 + 0.2 * len(part.comparisons))
+        )
         plots.append(("Every pair", caption, drawing))
     if (head := result.head) is not None:
         caption = "Mean label by prediction on held-out draft tokens; a calibrated head is on the diagonal."
