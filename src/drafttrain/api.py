@@ -56,7 +56,7 @@ def evaluate(
     """Decode prompts with exported drafters and with the target alone, and compare.
 
     Args:
-        drafters: A drafter folder, or several by name. The first is compared with each other one, paired over prompts.
+        drafters: A drafter folder, or several by name. Each pair is compared, paired over prompts.
         prompts: A file of JSON lines, or `builtin:test`.
         settings: Further keys of the recipe's section `eval`: `num_prompts`, `max_new_tokens`, `temperatures`, ...
 

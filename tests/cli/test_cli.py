@@ -53,7 +53,7 @@ def test_help_is_there_within_a_second_of_processor_time():
 
 
 @pytest.mark.parametrize(
-    "command", ["fit", "gen", "plan", "sweep", "export", "eval", "recipe", "engines", "serve-config"]
+    "command", ["fit", "gen", "plan", "sweep", "export", "eval", "compare", "recipe", "engines", "serve-config"]
 )
 def test_every_command_explains_itself(command):
     assert "Usage" in call(command, "--help")[0]
@@ -114,8 +114,13 @@ def test_debug_shows_the_traceback(bad_recipe):
 
 def test_wrong_arguments_exit_with_2(tmp_path):
     assert "No such option" in call("fit", "demo", "--lr", "3", code=2)[1]
-    assert "no such folder" in call("eval", str(tmp_path / "a"), str(tmp_path / "b"), "--target", "x", code=2)[1]
-    assert "one drafter or two" in call("eval", "a", "b", "c", code=2)[1]
+    assert "no such folder" in call("eval", str(tmp_path / "a"), "--target", "x", code=2)[1]
+    assert "drafttrain compare compares drafters" in call("eval", "a", "b", code=2)[1]
+    assert "no such folder" in call("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--target", "x", code=2)[1]
+    assert "give 1 to 26 drafters, got 0" in call("compare", code=2)[1]
+    twice = call("compare", "a", "a", "--prompts", "b.jsonl", "eval.prompts=c.jsonl", code=2)[1]
+    assert "a: named twice" in twice
+    assert "both name prompts" in twice
     assert "without --target and --out" in call("eval", "demo", "--out", str(tmp_path), code=2)[1]
 
 
@@ -126,7 +131,7 @@ def test_eval_takes_builtin_drafters_settings_of_the_target_and_a_place_for_its_
     assert "block efficiency" in stdout
     assert json.loads((tmp_path / "out" / "eval.json").read_text())["target"]["name"] == "builtin:target"
     assert (tmp_path / "out" / "report.html").is_file()
-    refused = call("eval", "builtin:nothing", "./nowhere", code=2)[1]
+    refused = call("compare", "builtin:nothing", "./nowhere", code=2)[1]
     assert "builtin:nothing: no such builtin" in refused
     assert "./nowhere: no such folder" in refused
 

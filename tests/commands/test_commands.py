@@ -373,17 +373,19 @@ def test_pretraining_comes_first_reads_plain_text_only_and_its_end_is_the_start(
             load_recipe(recipe, [*wanted, generated, f"data.sources=[{{kind: generated}}{unread}]"])
 
 
-def test_eval_recipes_and_export_need_neither_lightning_nor_deepspeed(finished):
+def test_compare_recipes_and_export_need_neither_lightning_nor_deepspeed(finished):
     few = ["eval.num_prompts=2", "eval.max_new_tokens=4", "eval.speed_prompts=0"]
     words = [
-        "eval",
+        "compare",
         finished / "drafter",
         finished / "start",
         *few,
         f"eval.prompts={finished.parent / 'prompts.jsonl'}",
+        "--out",
+        finished.parent / "compared",
     ]
     command = [sys.executable, "-m", "tests.commands.without_trainer", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "A - B" in done.stderr
+    assert "A - B" in done.stdout
     assert "block efficiency" in done.stdout

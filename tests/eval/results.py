@@ -44,7 +44,7 @@ def figures(**changes: Any) -> DrafterFigures:
         speedup=Speedup(1.5, 1.4, 1.6, 8, baseline="plain decoding, same engine"),
         seconds=Seconds(1.0, 1.0, 1.0, 3.0),
         vllm=VllmFigures(1, 5, 1, 2.0, 0.2, [0.5]),
-        domains={},
+        slices={},
         prompts=[],
         samples=[],
         alpha=INTERVAL,

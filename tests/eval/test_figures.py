@@ -15,7 +15,7 @@ from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.replay import ReplayRows, expected_rounds
 from drafttrain.eval.result import read_result
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
-from drafttrain.eval.table import domain_rows
+from drafttrain.eval.table import slice_rows
 from tests.conftest import byte_tokenizer
 from tests.eval import results
 
@@ -135,19 +135,20 @@ def test_all_bad_prompts_are_reported_at_once(tmp_path):
 
 def test_the_table_of_domains_has_a_row_for_each_domain_and_a_column_for_each_arm():
     few, many = Interval(1.5, 1.2, 1.8, 3), Interval(2.0, 1.9, 2.1, 8)
-    arms = {name: results.figures(domains={"code": few, "math": many}) for name in ("drafter", "start")}
+    arms = {name: results.figures(slices={"domain": {"code": few, "math": many}}) for name in ("drafter", "start")}
     (part,) = results.result(arms).temperatures
-    assert domain_rows(part) == [
+    assert slice_rows(part, "domain") == [
         ["code", "3", *["1.50 [1.20, 1.80]*"] * 2],
         ["math", "8", *["2.00 [1.90, 2.10]"] * 2],
     ]
-    assert domain_rows(results.result().temperatures[0]) == []
+    assert slice_rows(results.result().temperatures[0], "domain") == []
 
 
 def test_an_older_result_is_read_with_what_it_lacks(tmp_path):
     older = results.result({"d": results.figures(parity=Parity(False, 2, 1, 0, 0, [], "1 of 2"))}).json()
     del older["target"]["dtype"]
     found = older["temperatures"][0]["drafters"]["d"]
+    del found["slices"]
     found["domains"] = {"code": 1.5}
     found["parity"] = {
         "exact": False,
@@ -160,4 +161,4 @@ def test_an_older_result_is_read_with_what_it_lacks(tmp_path):
     }
     (tmp_path / "eval.json").write_text(json.dumps(older | {"format": 3}))
     read = read_result(tmp_path / "eval.json").temperatures[0].drafters["d"]
-    assert (read.domains["code"].value, read.parity.num_near_ties, read.parity.lossless) == (1.5, 1, True)
+    assert (read.slices["domain"]["code"].value, read.parity.num_near_ties, read.parity.lossless) == (1.5, 1, True)

@@ -43,17 +43,17 @@ def test_every_file_gives_its_share_under_its_domain(files):
     code = PromptFile(path="HumanEval.jsonl.gz", domain="code", chat=True)
     found = read(mt, PromptFile(path="test.jsonl", domain="math"), code)
     assert [(one.id, one.domain, text(one)) for one in found] == [
-        ("question:1", "a", "<user>q0|<assistant>"),
+        ("question:81", "a", "<user>q0|<assistant>"),
         ("math:1", "math", "<user>1+1?|<assistant>"),
-        ("code:1", "code", "<user>def f():|<assistant>"),
-        ("question:3", "a", "<user>q2|<assistant>"),
+        ("code:HumanEval/0", "code", "<user>def f():|<assistant>"),
+        ("question:83", "a", "<user>q2|<assistant>"),
         ("math:2", "math", "<user>2+2?|<assistant>"),
-        ("question:5", "b", "<user>q4|<assistant>"),
-        ("question:7", "b", "<user>q6|<assistant>"),
+        ("question:85", "b", "<user>q4|<assistant>"),
+        ("question:87", "b", "<user>q6|<assistant>"),
     ]
     assert [one.answer for one in found if one.domain == "math"] == ["2", "4"]
-    assert [one.id for one in read(mt, code, limit=2)] == ["question:1", "code:1"]
-    assert "question:1" not in [one.id for one in read(mt, code, dropped=["question:1"])]
+    assert [one.id for one in read(mt, code, limit=2)] == ["question:81", "code:HumanEval/0"]
+    assert "question:81" not in [one.id for one in read(mt, code, dropped=["question:81"])]
 
 
 def test_text_is_a_message_only_where_the_file_says_so(files):
@@ -63,7 +63,7 @@ def test_text_is_a_message_only_where_the_file_says_so(files):
 
 def test_one_file_keeps_its_ids_and_finds_its_categories(files):
     found = read_prompts("question.jsonl", chat_tokenizer(PLAIN), prompt_tokens=None)
-    assert [one.id for one in found] == list("12345678")
+    assert [one.id for one in found] == [str(81 + i) for i in range(8)]
     assert {one.domain for one in found} == {"a", "b"}
 
 

@@ -103,11 +103,11 @@ def test_a_report_shows_any_name_as_it_is(result, name, tmp_path):
     assert "\x1b" not in page
     assert ("{{ 7 * 7 }}" in page) == ("{{" in name)
     drawn = pictures(page)
-    assert len(drawn) == 2
+    assert len(drawn) == 3
     if name.startswith("_") or "$" in name:
         # A picture has its texts in comments beside their outlines.
-        for one in drawn:
-            assert f"{name.replace('$', chr(92) + '$')}, temperature 0" in one or f"{name}, temperature 0" in one
+        for one, after in zip(drawn, (", temperature 0", ", temperature 0", " - B"), strict=True):
+            assert f"{name.replace('$', chr(92) + '$')}{after}" in one or f"{name}{after}" in one
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_report_plots_the_time_of_a_step_by_phase(result, row, title, tmp_path
     write_report(tmp_path / "report.html", result, title="T", metrics=metrics, command="")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     drawn = pictures(page)
-    assert len(drawn) == 3
+    assert len(drawn) == 4
     assert ("time of a step" in drawn[0]) == (title is not None)
     assert (title or "loss") in drawn[0]
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drafttrain.commands.evaluate import evaluate_drafters
+from drafttrain.commands.evaluate import evaluate_drafter
 from drafttrain.commands.fit import fit
 from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
@@ -89,10 +89,10 @@ def test_a_head_goes_all_the_way_and_its_models_stay_as_they_are(recipe, tmp_pat
         *("eval.max_new_tokens=2", "eval.temperatures=[0]", "eval.speed_prompts=0"),
         f"eval.length={{kind: cumulative_reject, head: {folder / 'head'}}}",
     ]
-    evaluate_drafters([loaded.head.drafter], loaded.target.model, with_head, out=tmp_path)
+    evaluate_drafter(loaded.head.drafter, loaded.target.model, with_head, out=tmp_path)
     other = str(save_llama(seed=7, num_layers=1))
     with pytest.raises(CheckpointError, match=r"made for the drafter \S+ \(\w+\), not \S+ \(\w+\)\. Train a head"):
-        evaluate_drafters([other], loaded.target.model, with_head, out=tmp_path)
+        evaluate_drafter(other, loaded.target.model, with_head, out=tmp_path)
 
 
 def test_a_head_is_trained_where_its_target_is(recipe, tmp_path):

@@ -1,4 +1,4 @@
-"""`eval`: exported drafters on a target."""
+"""`eval`: an exported drafter on its target."""
 
 from pathlib import Path
 from typing import Annotated
@@ -28,9 +28,9 @@ def evaluate(
     what: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="RECIPE | DRAFTER [DRAFTER] [SECTION.KEY=VALUE]...",
-            help="A recipe or its run folder; or one drafter (a folder, a hub id, builtin:drafter), or two to compare "
-            "pairwise. Overrides of drafters: eval.key=value, target.key=value, plugins=[module].",
+            metavar="RECIPE | DRAFTER [SECTION.KEY=VALUE]...",
+            help="A recipe or its run folder; or a drafter: a folder, a hub id, builtin:drafter. Overrides of a "
+            "drafter: eval.key=value, target.key=value, plugins=[module].",
             show_default=False,
         ),
     ] = None,
@@ -39,7 +39,7 @@ def evaluate(
         typer.Option(
             "--target",
             metavar="MODEL",
-            help="The target of the drafters. Default: the one that the first was trained for.",
+            help="The target of the drafter. Default: the one that it was trained for.",
             show_default=False,
         ),
     ] = None,
@@ -48,7 +48,7 @@ def evaluate(
         typer.Option(
             "--out",
             metavar="DIR",
-            help="Folder for eval.json and report.html of drafters. Default: the first drafter's.",
+            help="Folder for eval.json and report.html of a drafter. Default: the drafter's.",
             show_default=False,
         ),
     ] = None,
@@ -56,26 +56,28 @@ def evaluate(
     runs: Runs = RUNS,
     debug: Debug = False,
 ) -> None:
-    """Evaluate exported drafters: tables on stdout, eval.json beside the drafter."""
+    """Evaluate an exported drafter: tables on stdout, eval.json beside the drafter."""
     with exit_codes(debug=debug):
         only_first_process()
         named, overrides = names_and_overrides(what)
-        from drafttrain.commands.evaluate import evaluate_drafters, evaluate_recipe
+        from drafttrain.commands.evaluate import evaluate_drafter, evaluate_recipe
 
         if len(named) == 1 and target is None and out is None and is_recipe(named[0]):
             loaded, run_folder = recipe_and_run_folder(named[0], overrides, smoke=smoke, runs=runs)
             evaluate_recipe(loaded, run_folder)
             return
-        _check_drafters(named, smoke=smoke)
-        evaluate_drafters(named, target, overrides, out=out)
+        _check_drafter(named, smoke=smoke)
+        evaluate_drafter(named[0], target, overrides, out=out)
 
 
-def _check_drafters(named: list[str], *, smoke: bool) -> None:
+def _check_drafter(named: list[str], *, smoke: bool) -> None:
     problems = []
     if smoke:
-        problems.append("--smoke shrinks a recipe and has no effect on drafters: remove it")
-    if not 1 <= len(named) <= 2:
-        problems.append(f"give a recipe, one drafter or two drafters, got {len(named)} names")
+        problems.append("--smoke shrinks a recipe and has no effect on a drafter: remove it")
+    if not named:
+        problems.append("give a recipe or a drafter")
+    if len(named) > 1:
+        problems.append(f"give one recipe or drafter, got {len(named)} names; drafttrain compare compares drafters")
     problems += [
         f"{name}: a recipe is evaluated alone, without --target and --out" for name in named if is_recipe(name)
     ]

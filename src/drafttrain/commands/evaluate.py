@@ -1,8 +1,8 @@
-"""drafttrain eval: the exported files of a run, or drafters by their folders."""
+"""drafttrain eval: the exported files of a run, or a drafter by its folder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,39 +45,65 @@ def evaluate_recipe(recipe: Recipe, folder: Path) -> Result:
     return result
 
 
-def evaluate_drafters(
-    drafters: Sequence[str], target: str | None, overrides: Sequence[str], *, out: Path | None = None
-) -> None:
-    """Evaluate one drafter, or compare two on the same prompts: local folders, hub ids or builtin ones.
+def evaluate_drafter(drafter: str, target: str | None, overrides: Sequence[str], *, out: Path | None = None) -> None:
+    """Evaluate one drafter: a local folder, a hub id or a builtin one.
 
     Args:
-        target: The target; None: the first drafter's own.
+        target: The target; None: the drafter's own.
         overrides: Overrides of the sections target and eval.
-        out: Folder of eval.json and report.html; None: the first drafter's folder, if it is local.
+        out: Folder of eval.json and report.html; None: the drafter's folder, if it is local.
     """
-    quiet_libraries()
-    of_target, settings = load_sections(["target", "eval"], overrides)
-    folders = folders_of(drafters)
-    if target is None and not any(override.startswith("target.model=") for override in overrides):
-        about = read_about(folders[0])
-        if about is None:
-            raise CheckpointError(f"{drafters[0]}: no target is named in it. Give --target MODEL")
-        target = about.target
-    names = ["A", "B"] if len(folders) == 2 else ["drafter"]
-    for letter, drafter in zip(names, drafters, strict=True):
-        say(f"{letter}: {drafter}")
-    of_target = replace(of_target, model=target) if target else of_target
-    check_drafters(of_target, [str(one) for one in folders])
-    loaded = Target.load(of_target)
-    out = out or (folders[0] if Path(drafters[0]).is_dir() else None)
-    unfinished = out / "eval.unfinished" if out else None
-    named = dict(zip(names, folders, strict=True))
-    result = evaluate_folders(named, loaded, settings, dropped=(), unfinished=unfinished)
-    result = with_inputs(result, target_inputs(replace(of_target, model=loaded.name), settings.prompts))
+    say(f"drafter: {drafter}")
+    out = out or (Path(drafter) if Path(drafter).is_dir() else None)
+    result = evaluate_named({"drafter": drafter}, target, overrides, out=out)
     show(result)
     if out is None:
         say("eval.json and report.html: not written: give --out DIR")
         return
+    say(f"written: {write_evaluation(out, result, title=Path(drafter).name)}")
+
+
+def evaluate_named(
+    drafters: Mapping[str, str],
+    target: str | None,
+    overrides: Sequence[str],
+    *,
+    out: Path | None,
+    answers: Path | None = None,
+) -> Result:
+    """Evaluate drafters by name on the same prompts.
+
+    Args:
+        drafters: By name in the result: folders, hub ids or builtin drafters.
+        target: The target; None: the first drafter's own.
+        overrides: Overrides of the sections target and eval.
+        out: Folder that eval.json and report.html will be in; None: none. Unfinished outputs are stored there.
+        answers: Folder for the answers as Spec-Bench's files; None: they are not written.
+
+    Raises:
+        RecipeError: A drafter, or an override, is wrong.
+        CheckpointError: A drafter does not fit the target.
+    """
+    quiet_libraries()
+    of_target, settings = load_sections(["target", "eval"], overrides)
+    named = dict(zip(drafters, folders_of(list(drafters.values())), strict=True))
+    if target is None and not any(override.startswith("target.model=") for override in overrides):
+        (spelled, first), *_ = zip(drafters.values(), named.values(), strict=True)
+        about = read_about(first)
+        if about is None:
+            raise CheckpointError(f"{spelled}: no target is named in it. Give --target MODEL")
+        target = about.target
+    of_target = replace(of_target, model=target) if target else of_target
+    check_drafters(of_target, [str(one) for one in named.values()])
+    loaded = Target.load(of_target)
+    unfinished = out / "eval.unfinished" if out else None
+    result = evaluate_folders(named, loaded, settings, dropped=(), unfinished=unfinished, answers=answers)
+    return with_inputs(result, target_inputs(replace(of_target, model=loaded.name), settings.prompts))
+
+
+def write_evaluation(out: Path, result: Result, *, title: str) -> str:
+    """Write eval.json and report.html; return their paths in one line."""
+    out.mkdir(parents=True, exist_ok=True)
     result.write(out / "eval.json")
-    write_report(out / "report.html", result, title=folders[0].name, metrics=None, command=command_line())
-    say(f"written: {out / 'eval.json'}, {out / 'report.html'}")
+    write_report(out / "report.html", result, title=title, metrics=None, command=command_line())
+    return f"{out / 'eval.json'}, {out / 'report.html'}"

@@ -63,3 +63,17 @@ class Prompt:
     domain: str = ""
     answer: str = ""
     """The correct answer, if a checker compares with one."""
+    language: str = ""
+    turn: int = 1
+    """Place among the questions of its conversation."""
+    conversation: str = ""
+    """Id of the first turn's prompt; empty: this is the first turn."""
+    questions: Sequence[str] = ()
+    """Later questions of the conversation; each follows the target's own answer to the one before."""
+    chat: Any = None
+    """The chat up to this question (`data_gen.chat.Chat`), where later questions follow; None: none follow."""
+
+    @property
+    def unit(self) -> str:
+        """What is drawn independently of the others: the turns of one conversation depend on each other."""
+        return self.conversation or self.id

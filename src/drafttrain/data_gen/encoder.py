@@ -119,6 +119,19 @@ class Encoder:
             raise BadItem(f"a prompt must have 1..{self.max_length - 1} tokens: this one has {len(prompts[0][1])}")
         return fitting
 
+    def later_questions(self, value: Mapping[str, Any]) -> tuple[Chat | None, list[str]]:
+        """Return the chat of an item's first question, and its later ones (MT-bench); None: it has no later ones.
+
+        Raises:
+            BadItem: A question is no text.
+        """
+        form, value = form_of(value, self.reading)
+        asked = value[form]
+        if form != "turns" or len(asked) < 2 or not isinstance(asked[0], str):
+            return None, []
+        later = [text_of(question, f"turns.{number}") for number, question in enumerate(asked[1:], 1)]
+        return chat_of(form, value, self.reading), later
+
     def frame(self) -> tuple[list[int], list[int]]:
         """Return the ids that the chat template puts before and after every prompt; none without a template."""
         return self.template.around

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.decoding_memory import DecodingMemory, FitsMemory
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.generate import generate as transformers_generate
+from drafttrain.eval.later_turns import next_prompts
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.parity import parity
@@ -46,6 +47,8 @@ class Arm:
     """The given target, or the drafter's own: with the adapters that it was exported with."""
     source: Source
     generations: list[Generation] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
+    """Of the generations: those of later turns follow the target's own answers."""
 
     @classmethod
     def create(
@@ -99,6 +102,11 @@ class Arm:
         """Return new tokens and time of each prompt."""
         return [len(one.tokens) for one in self.generations], [one.seconds for one in self.generations]
 
+    @property
+    def units(self) -> list[str]:
+        """What each prompt belongs to in intervals: its conversation."""
+        return [prompt.unit for prompt in self.prompts]
+
 
 LEAST_GROUPS = 4
 """Groups of prompts that are decoded however long they take: an interval needs several."""
@@ -113,9 +121,12 @@ def decode(
     unfinished: Unfinished | None = None,
     within_seconds: float | None = None,
 ) -> list[Generation]:
-    """Decode every prompt with every arm, in turns whose order alternates.
+    """Decode every prompt with every arm, in turns whose order alternates; then the later turns of conversations.
+
+    All arms read the same later turns: those after the first arm's answers.
 
     Args:
+        arms: The first one decodes with the target alone.
         generate: Number of prompts that transformers' generate decodes too, if they are decoded one at a time.
         unfinished: Groups of prompts that an interrupted evaluation decoded; None: nothing is stored.
         within_seconds: Begin no further group after this time, warm-up not counted, once there are `LEAST_GROUPS`.
@@ -130,11 +141,11 @@ def decode(
         transformers_generate(prompt, arms[0].target, max_new_tokens=settings.max_new_tokens)
     generated: list[Generation] = []
     stored = unfinished or Unfinished(None, {})
-    groups = [prompts[i : i + settings.batch_size] for i in range(0, len(prompts), settings.batch_size)]
+    total = sum(1 + len(prompt.questions) for prompt in prompts)
     temperature = arms[0].engine.sampling.temperature
     began = time.monotonic()
-    with progress(f"decoding at temperature {temperature:g}", total=len(prompts), unit="prompts") as bar:
-        for number, group in enumerate(groups):
+    with progress(f"decoding at temperature {temperature:g}", total=total, unit="prompts") as bar:
+        for number, group in enumerate(_groups(prompts, arms[0], settings.batch_size)):
             late = within_seconds is not None and time.monotonic() - began > within_seconds
             if late and number >= LEAST_GROUPS:
                 break
@@ -145,10 +156,19 @@ def decode(
                 stored.store(temperature, number, found)
             for arm, decoded in zip(arms, found.arms, strict=True):
                 arm.generations += decoded.generations
+                arm.prompts += group
                 arm.ledger.events += [event.forward_event() for event in decoded.events]
             generated += found.generated
             bar.advance(len(group))
     return generated
+
+
+def _groups(prompts: Sequence[Prompt], plain: Arm, size: int) -> Iterator[Sequence[Prompt]]:
+    """Yield groups of prompts, then those of the next turn, which follow what this arm answered meanwhile."""
+    while prompts:
+        yield from (prompts[start : start + size] for start in range(0, len(prompts), size))
+        answers, new = plain.generations[-len(prompts) :], plain.engine.max_new_tokens
+        prompts = next_prompts(prompts, answers, plain.target, max_new_tokens=new)
 
 
 def _decode_group(

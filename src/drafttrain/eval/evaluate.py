@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 from drafttrain.checkpoint import read_about, read_drafter
@@ -31,6 +32,7 @@ from drafttrain.eval.result import (
     Result,
 )
 from drafttrain.eval.settings import EvalSettings, length_label
+from drafttrain.eval.spec_bench import write_answers
 from drafttrain.eval.typed_json import from_json
 from drafttrain.eval.unfinished import Unfinished, made_with
 from drafttrain.heads.folder import check_made_for
@@ -44,13 +46,15 @@ def evaluate(
     settings: EvalSettings,
     *,
     unfinished: Path | None = None,
+    answers: Path | None = None,
 ) -> Result:
     """Evaluate drafter folders, which are read from disk here, and the training-free proposers of the settings.
 
     Args:
-        folders: Drafters by name; the first one is judged, the others are compared with it, paired over prompts.
+        folders: Drafters by name; the first one is judged. Each pair is compared, paired over prompts.
         unfinished: Folder in which outputs are stored until the end, so that an interrupted evaluation continues; None: they
             are not stored.
+        answers: Folder for all outputs as Spec-Bench's answer files; None: they are not written.
     """
     prompts = list(prompts)[: settings.num_prompts]
     if settings.resamples is not None:
@@ -67,14 +71,16 @@ def evaluate(
     if any(map(is_warm, settings.beside)):
         unfinished = None  # what a proposer remembers is not stored, so the evaluation could not be continued
     stored = Unfinished(unfinished, made_with(folders, target, prompts, settings) if unfinished else {})
-    temperatures = [_at_temperature(t, sources, arms_targets, prompts, settings, stored) for t in settings.temperatures]
+    temperatures = [
+        _at_temperature(t, sources, arms_targets, prompts, settings, stored, answers) for t in settings.temperatures
+    ]
     stored.remove()
     return Result(
         format=FORMAT,
         target=EvaluatedTarget(target.name, target.fingerprint, str(target.model.dtype).removeprefix("torch.")),
         drafters={name: _evaluated(folders[name], drafters[name], targets[name]) for name in folders},
         settings=settings.as_dict(),
-        num_prompts=len(prompts),
+        num_prompts=sum(1 + len(prompt.questions) for prompt in prompts),
         exactness=acceptance_rules.build(settings.rule).exactness.value,
         temperatures=temperatures,
         provenance=from_json(Provenance, provenance()),
@@ -123,6 +129,7 @@ def _at_temperature(
     prompts: Sequence[Prompt],
     settings: EvalSettings,
     stored: Unfinished,
+    answers: Path | None,
 ) -> AtTemperature:
     greedy = temperature == 0
     sampling = Sampling() if greedy else Sampling(temperature, settings.top_p, settings.top_k)
@@ -140,10 +147,12 @@ def _at_temperature(
         generate=settings.speed_prompts if greedy else 0,
         unfinished=stored,
     )
+    if answers is not None:
+        write_answers(answers, [plain, *arms])
     # transformers' generate decodes with the first drafter's target.
     baselines = {key: faster_baseline(one, generated if one is plain else []) for key, one in plains.items()}
     figures = {
-        arm.name: drafter_figures(arm, baselines[id(arm.target)], plains[id(arm.target)], prompts, sampling, settings)
+        arm.name: drafter_figures(arm, baselines[id(arm.target)], plains[id(arm.target)], sampling, settings)
         for arm in arms
     }
     return AtTemperature(temperature, plain_figures(plain, generated), figures, _comparisons(by_length, settings))
@@ -168,18 +177,15 @@ def _arms_by_length(
 
 
 def _comparisons(by_length: Sequence[Sequence[Arm]], settings: EvalSettings) -> dict[str, PairedComparison]:
-    """Compare the first drafter with the others at the same length, then with itself at further lengths."""
+    """Compare each pair at the same length, then the first drafter with itself at further lengths."""
     judged, *at_other_lengths = [group[0] for group in by_length]
-    pairs = [(first, other) for first, *others in by_length for other in others]
+    pairs = [pair for group in by_length for pair in combinations(group, 2)]
     pairs += [(judged, other) for other in at_other_lengths]
     return {f"{first.name} - {other.name}": _comparison(first, other, settings) for first, other in pairs}
 
 
 def _comparison(first: Arm, other: Arm, settings: EvalSettings) -> PairedComparison:
-    """Compare two arms; also their speed, except between two drafters."""
     difference = compare(prompt_counts(first, settings), prompt_counts(other, settings))
-    if first.source is not other.source and isinstance(other.source, Drafter):
-        return difference
     return replace(difference, speed=relative_speed(first, other))
 
 

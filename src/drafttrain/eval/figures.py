@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from drafttrain.core.generations import Generation
 from drafttrain.core.proposals import Exactness
 from drafttrain.core.registry import component_mapping
-from drafttrain.core.texts import Prompt, Sampling
+from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import share_of_tokens
 from drafttrain.data_gen.checkers import checkers
 from drafttrain.drafters import Drafter
@@ -16,12 +17,15 @@ from drafttrain.eval.clock import measured, pipelined_seconds
 from drafttrain.eval.interval import Interval
 from drafttrain.eval.metrics import PromptCounts, Totals, counts_of, histogram, mbsu, totals_of
 from drafttrain.eval.parity import parity
+from drafttrain.eval.permutation import holm, permutation_p_value
 from drafttrain.eval.pipelined import PIPELINED
 from drafttrain.eval.proposers import TrainingFree
 from drafttrain.eval.quality import TaskScore, agreement, solved, task_score
 from drafttrain.eval.replay import Text, expected_rounds, mean_bound, replay_rows
 from drafttrain.eval.result import (
+    ComparedSlice,
     DrafterFigures,
+    MacroFigures,
     PairedComparison,
     Piece,
     PlainFigures,
@@ -33,7 +37,8 @@ from drafttrain.eval.result import (
     VllmFigures,
 )
 from drafttrain.eval.settings import EvalSettings
-from drafttrain.eval.statistics import ratio_difference, ratio_interval, ratio_of_ratios
+from drafttrain.eval.slices import by_slice, part_of, slices_of
+from drafttrain.eval.statistics import Part, means, ratio_difference, ratio_interval, ratio_of_ratios, summed_by
 from drafttrain.target_model import Target
 
 NUM_SAMPLES = 4
@@ -41,11 +46,14 @@ NUM_SAMPLES = 4
 
 def prompt_counts(arm: Arm, settings: EvalSettings) -> list[PromptCounts]:
     """Return the counts of every prompt, up to the first repetition in its output."""
-    return [counts_of(one, repetition_ngram=settings.repetition_ngram) for one in arm.generations]
+    return [
+        counts_of(one, prompt, repetition_ngram=settings.repetition_ngram)
+        for one, prompt in zip(arm.generations, arm.prompts, strict=True)
+    ]
 
 
 def drafter_figures(
-    arm: Arm, baseline: Baseline, plain: Arm, prompts: Sequence[Prompt], sampling: Sampling, settings: EvalSettings
+    arm: Arm, baseline: Baseline, plain: Arm, sampling: Sampling, settings: EvalSettings
 ) -> DrafterFigures:
     """Return all figures of one drafter at one temperature.
 
@@ -60,7 +68,7 @@ def drafter_figures(
     source = arm.source
     return DrafterFigures(
         length=component_mapping(arm.length),
-        block_efficiency=ratio_interval([c.num_tokens for c in counts], [c.num_rounds for c in counts]),
+        block_efficiency=ratio_interval(*part_of(counts)),
         draft_acceptance_rate=totals.draft_acceptance_rate,
         acceptance_by_position=totals.acceptance_by_position,
         conditional_acceptance=totals.conditional_acceptance,
@@ -75,20 +83,21 @@ def drafter_figures(
         drafter_calls=ledger.calls("drafter"),
         target_calls_per_token=whole.num_rounds / whole.num_tokens,
         discarded_draft_tokens_per_token=(whole.num_draft_tokens - whole.num_accepted) / whole.num_tokens,
-        tokens_per_second=ratio_interval(*arm.tokens_and_seconds()),
+        tokens_per_second=ratio_interval(*summed_by(arm.units, *arm.tokens_and_seconds())),
         speedup=speedup(arm, baseline),
         seconds=_seconds(arm.generations),
         vllm=_vllm_figures(whole),
-        domains=_domains(counts),
+        slices=slices_of(counts),
         draft_vocabulary_share=_draft_vocabulary_share(arm),
         prompts=counts,
         samples=[_sample(one, arm.target) for one in arm.generations[:NUM_SAMPLES]],
         replay=replay,
         exactness=arm.engine.rule.exactness.value,
+        macro=_macro(arm, baseline, counts),
         alpha=alpha,
         alpha_bound=bound,
         proposer=component_mapping(source.settings) if isinstance(source, TrainingFree) else None,
-        task=None if settings.checker is None else _task_score(arm, plain, prompts, settings),
+        task=None if settings.checker is None else _task_score(arm, plain, settings),
         agreement=agreement(plain.generations, arm.generations) if greedy and lossy else None,
         parity=parity(plain.generations, arm.generations, arm.target) if greedy and not lossy else None,
         round=_round_times(arm),
@@ -98,10 +107,24 @@ def drafter_figures(
 
 def speedup(arm: Arm, baseline: Baseline) -> Speedup:
     """Return the tokens per second of an arm over those of its baseline, on the prompts that both decoded."""
-    tokens, seconds = arm.tokens_and_seconds()
+    found = ratio_of_ratios(*_speeds(arm, baseline))
+    return Speedup(found.value, found.low, found.high, len(baseline.tokens), baseline=baseline.name)
+
+
+def _speeds(arm: Arm, baseline: Baseline) -> tuple[Part, Part]:
+    """Return tokens and seconds of an arm and of its baseline, on the prompts that both decoded."""
     same = len(baseline.tokens)
-    found = ratio_of_ratios((tokens[:same], seconds[:same]), (baseline.tokens, baseline.seconds))
-    return Speedup(found.value, found.low, found.high, same, baseline=baseline.name)
+    own = [part[:same] for part in arm.tokens_and_seconds()]
+    tokens, seconds, base_tokens, base_seconds = summed_by(arm.units[:same], *own, baseline.tokens, baseline.seconds)
+    return (tokens, seconds), (base_tokens, base_seconds)
+
+
+def _macro(arm: Arm, baseline: Baseline, counts: Sequence[PromptCounts]) -> MacroFigures:
+    """Return block efficiency and speed-up with every prompt weighing the same."""
+    part = part_of(counts)
+    own, _ = means(part, part)
+    speed = ratio_of_ratios(*means(*_speeds(arm, baseline))).interval()
+    return MacroFigures(block_efficiency=ratio_interval(*own), speedup=speed)
 
 
 def _seconds(generations: Sequence[Generation]) -> Seconds:
@@ -158,22 +181,29 @@ def _replayed(
         for one, count in zip(arm.generations, counts, strict=True)
     ]
     rows = replay_rows(arm.target, arm.source, texts, sampling, num_depths=max(settings.replay_lengths, default=0))
-    tokens = [len(text.new) for text in texts]
+    tokens, units = [len(text.new) for text in texts], arm.units
     bound = None if arm.source.vocabulary is None else mean_bound(rows)
-    alpha = ratio_interval([r.acceptance_T.sum() for r in rows], tokens)
+    alpha = ratio_interval(*summed_by(units, [r.acceptance_T.sum() for r in rows], tokens))
     if arm.engine.rule.exactness is Exactness.LOSSY:
         # Replay assumes that the text was drawn from the target's distribution; that of a lossy rule was not.
         return alpha, bound, {}
     return (
         alpha,
         bound,
-        {str(k): ratio_interval(tokens, [expected_rounds(r, k) for r in rows]) for k in settings.replay_lengths},
+        {
+            str(k): ratio_interval(*summed_by(units, tokens, [expected_rounds(r, k) for r in rows]))
+            for k in settings.replay_lengths
+        },
     )
 
 
-def _task_score(arm: Arm, plain: Arm, prompts: Sequence[Prompt], settings: EvalSettings) -> TaskScore:
+def _task_score(arm: Arm, plain: Arm, settings: EvalSettings) -> TaskScore:
+    """Return the share of prompts solved; later turns of conversations have no answer to compare with."""
     checker = checkers.build(settings.checker)
-    found, own = (solved(checker, arm.target.tokenizer, prompts, one.generations) for one in (arm, plain))
+    prompts = [prompt for prompt in arm.prompts if prompt.turn == 1]
+    found, own = (
+        solved(checker, arm.target.tokenizer, prompts, one.generations[: len(prompts)]) for one in (arm, plain)
+    )
     return task_score(found, own)
 
 
@@ -207,32 +237,51 @@ def _same_prompts(plain: Arm, generated: Sequence[Generation]) -> SamePrompts:
 def compare(first: Sequence[PromptCounts], second: Sequence[PromptCounts]) -> PairedComparison:
     """Return the difference in block efficiency of two drafters on the same prompts, first less second."""
     assert [c.id for c in first] == [c.id for c in second]
-    parts = [([c.num_tokens for c in counts], [c.num_rounds for c in counts]) for counts in (first, second)]
+    parts = part_of(first), part_of(second)
     found = ratio_difference(*parts)
-    return PairedComparison(found.interval(), found.p_value)
+    return PairedComparison(
+        found.interval(),
+        found.p_value,
+        permutation_p_value=permutation_p_value(*parts),
+        macro=ratio_difference(*means(*parts)).interval(),
+        slices=_compared_slices(first, second),
+    )
+
+
+def _compared_slices(
+    first: Sequence[PromptCounts], second: Sequence[PromptCounts]
+) -> dict[str, dict[str, ComparedSlice]]:
+    """Return the difference in each slice; the p-values of an axis are corrected together."""
+
+    def difference(places: Sequence[int]) -> ComparedSlice:
+        parts = (part_of([counts[place] for place in places]) for counts in (first, second))
+        one, other = parts
+        found = ratio_difference(one, other).interval()
+        return ComparedSlice(found, permutation_p_value(one, other), float("nan"))
+
+    compared = by_slice(first, difference)
+    return {
+        axis: {
+            label: replace(one, holm_p_value=corrected)
+            for (label, one), corrected in zip(
+                by_label.items(), holm([one.permutation_p_value for one in by_label.values()]), strict=True
+            )
+        }
+        for axis, by_label in compared.items()
+    }
 
 
 def relative_speed(arm: Arm, other: Arm) -> Interval:
     """Return the tokens per second of an arm over those of another, on the same prompts, in turns."""
-    return ratio_of_ratios(arm.tokens_and_seconds(), other.tokens_and_seconds()).interval()
+    parts = ([*summed_by(one.units, *one.tokens_and_seconds())] for one in (arm, other))
+    (tokens, seconds), (other_tokens, other_seconds) = parts
+    return ratio_of_ratios((tokens, seconds), (other_tokens, other_seconds)).interval()
 
 
 def _draft_vocabulary_share(arm: Arm) -> float | None:
     """Return the share of the output that the drafter's vocabulary holds; None: it has the target's, or drafts any text."""
     vocabulary = None if getattr(arm.source, "drafts_strings", False) else getattr(arm.source, "vocabulary", None)
     return None if vocabulary is None else share_of_tokens([one.tokens for one in arm.generations], vocabulary)
-
-
-def _domains(counts: Sequence[PromptCounts]) -> dict[str, Interval]:
-    """Return block efficiency by domain; empty where there is one domain only."""
-    names = sorted({c.domain for c in counts})
-    if len(names) < 2:
-        return {}
-    by_domain = {name: [c for c in counts if c.domain == name] for name in names}
-    return {
-        name: ratio_interval([c.num_tokens for c in found], [c.num_rounds for c in found])
-        for name, found in by_domain.items()
-    }
 
 
 def _sample(one: Generation, target: Target) -> Sample:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from drafttrain.core.generations import Generation, Round
+from drafttrain.core.texts import Prompt
 from drafttrain.eval.repetition import tokens_before_repetition
 
 
@@ -25,6 +26,17 @@ class PromptCounts:
     """Rounds that accepted at least i draft tokens, i = 1, 2, ..."""
     reached_at: tuple[int, ...]
     """Rounds that drafted at least i deep and accepted at least i - 1."""
+    language: str = ""
+    turn: int = 1
+    conversation: str = ""
+    """Id of the conversation's first prompt; empty: the prompt is the first."""
+    context: int | None = None
+    """Tokens of the prompt; None: a result of an earlier version."""
+
+    @property
+    def unit(self) -> str:
+        """What intervals count as one: the turns of one conversation depend on each other."""
+        return self.conversation or self.id
 
 
 def counted_rounds(generation: Generation, *, repetition_ngram: int) -> Sequence[Round]:
@@ -35,8 +47,13 @@ def counted_rounds(generation: Generation, *, repetition_ngram: int) -> Sequence
     return [one for one in generation.rounds if one.start < end]
 
 
-def counts_of(generation: Generation, *, repetition_ngram: int = 0) -> PromptCounts:
-    """Return the counts of one prompt."""
+def counts_of(generation: Generation, prompt: Prompt | None = None, *, repetition_ngram: int = 0) -> PromptCounts:
+    """Return the counts of one prompt.
+
+    Args:
+        prompt: Where its language and its place in a conversation come from.
+    """
+    about = prompt or Prompt(generation.id, generation.prompt_tokens)
     rounds = counted_rounds(generation, repetition_ngram=repetition_ngram)
     depth = max((one.max_depth for one in rounds), default=0)
     return PromptCounts(
@@ -50,6 +67,10 @@ def counts_of(generation: Generation, *, repetition_ngram: int = 0) -> PromptCou
         reached_at=tuple(
             sum(one.max_depth >= i and one.num_accepted >= i - 1 for one in rounds) for i in range(1, depth + 1)
         ),
+        language=about.language,
+        turn=about.turn,
+        conversation=about.conversation,
+        context=len(about.tokens),
     )
 
 
@@ -104,9 +125,7 @@ def over_seeds(repetitions: Sequence[Sequence[PromptCounts]]) -> list[PromptCoun
         repetitions: The counts of the same prompts in the same order, once for each seed.
     """
     assert len({tuple(one.id for one in counts) for counts in repetitions}) == 1
-    return [
-        PromptCounts(same[0].id, same[0].domain, **vars(totals_of(same))) for same in zip(*repetitions, strict=True)
-    ]
+    return [replace(same[0], **vars(totals_of(same))) for same in zip(*repetitions, strict=True)]
 
 
 def _by_depth(counts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

@@ -34,10 +34,16 @@ def label(text: str) -> str:
     return (" " + shown if shown.startswith("_") else shown).replace("$", r"\$")
 
 
-def picture(draw: Callable[[Any], None], *, columns: int, rows: int = 1) -> str:
-    """Return a drawing as an SVG data URL."""
+def picture(draw: Callable[[Any], None], *, columns: int, rows: int = 1, height: float = 3.2) -> str:
+    """Return a drawing as an SVG data URL.
+
+    Args:
+        height: Of a row, in inches.
+    """
     buffer = io.BytesIO()
-    _save(_figure(draw, columns=columns, rows=rows, height=3.2 * rows), buffer, format="svg", metadata={"Date": None})
+    _save(
+        _figure(draw, columns=columns, rows=rows, height=height * rows), buffer, format="svg", metadata={"Date": None}
+    )
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

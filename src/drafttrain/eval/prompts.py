@@ -19,6 +19,8 @@ from drafttrain.data_gen.sources import Item, RecordForm
 from drafttrain.data_gen.sources.jsonl import lines
 
 BUILTIN = "builtin:"
+IDS = ("id", "question_id", "task_id")
+"""Keys that name a prompt, the first that a record has; without one it is the number of the line."""
 
 
 @dataclass(kw_only=True)
@@ -130,12 +132,21 @@ def _prompt(item: Item, number: int, file: PromptFile, encoder: Encoder, *, prom
     if item.problem:
         raise BadItem(item.problem)
     value = encoder.reading.renamed(item.value)
-    id = str(number if value.get("id") is None else value["id"])
+    id = str(next((value[key] for key in IDS if value.get(key) is not None), number))
     ((_, tokens),) = encoder.prompts(item.value, id=id, prompt_tokens=None)
     if "text" in value and prompt_tokens is not None:
         tokens = tokens[:prompt_tokens]
     domain = file.domain or value.get("domain") or value.get("category") or ""
-    return Prompt(id, tokens, domain=str(domain), answer=str(value.get("answer", "")))
+    chat, questions = encoder.later_questions(item.value)
+    return Prompt(
+        id,
+        tokens,
+        domain=str(domain),
+        answer=str(value.get("answer", "")),
+        language=str(value.get("language") or value.get("lang") or ""),
+        questions=questions,
+        chat=chat,
+    )
 
 
 def _evenly(prompts: Sequence[Prompt], number: int | None) -> Iterator[Prompt]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.core.files import write_text
-from drafttrain.eval.interval import number, p_value
+from drafttrain.eval import compared
+from drafttrain.eval.interval import number
 from drafttrain.eval.page import label, page, picture
 from drafttrain.eval.result import AtTemperature, DrafterFigures, HeadFigures, Result
 from drafttrain.eval.table import (
@@ -19,11 +20,12 @@ from drafttrain.eval.table import (
     ROUND_COLUMNS,
     THIS_MACHINE_CAPTION,
     baseline_speeds,
-    domain_caption,
-    domain_rows,
     in_words,
     parity_cell,
     round_rows,
+    slice_axes,
+    slice_caption,
+    slice_rows,
     target_in_words,
 )
 
@@ -43,15 +45,16 @@ def write_report(path: Path, result: Result, *, title: str, metrics: Path | None
         carries_over=CARRIES_OVER_CAPTION,
         this_machine=THIS_MACHINE_CAPTION,
         number=number,
-        p_value=p_value,
         parity_cell=parity_cell,
         baseline_speeds=baseline_speeds,
         in_words=in_words,
         round_caption=ROUND_CAPTION,
         round_columns=ROUND_COLUMNS,
         round_rows=round_rows,
-        domain_caption=domain_caption,
-        domain_rows=domain_rows,
+        slice_axes=slice_axes,
+        slice_caption=slice_caption,
+        slice_rows=slice_rows,
+        compared=compared,
         target_in_words=target_in_words,
     )
     write_text(path, html)
@@ -79,10 +82,18 @@ def _plots_of_result(result: Result) -> list[Plot]:
     drawing = picture(lambda axes: _lengths(axes, result), columns=1)
     plots.append(("Block efficiency against draft length", caption, drawing))
     part = result.greedy_or_first
-    if any(figures.domains for figures in part.drafters.values()):
+    for axis in slice_axes(part):
         caption = f"Tokens per target call, temperature {part.temperature:g}, with 95 % intervals over prompts."
-        drawing = picture(lambda axes: _domains(axes, part), columns=1)
-        plots.append(("Accepted length by domain", caption, drawing))
+        drawing = picture(lambda axes, axis=axis: _slices(axes, part, axis), columns=1)
+        plots.append((f"Accepted length by {axis}", caption, drawing))
+    if part.comparisons:
+        caption = (
+            f"Paired over prompts, temperature {part.temperature:g}, with 95 % intervals; the line: both are equal."
+        )
+        drawing = picture(
+            lambda axes: compared.draw_pairs(axes, part), columns=2, height=max(3.2, 1.4 + 0.2 * len(part.comparisons))
+        )
+        plots.append(("Every pair", caption, drawing))
     if (head := result.head) is not None:
         caption = "Mean label by prediction on held-out draft tokens; a calibrated head is on the diagonal."
         plots.append(("Reliability of the head", caption, picture(lambda axes: _reliability(axes, head), columns=1)))
@@ -166,13 +177,13 @@ def _positions(axes: Sequence[Any], result: Result) -> None:
     axes[0].legend(fontsize=8, frameon=False)
 
 
-def _domains(axes: Sequence[Any], part: AtTemperature) -> None:
+def _slices(axes: Sequence[Any], part: AtTemperature, axis: str) -> None:
     for order, (name, figures) in enumerate(part.drafters.items()):
-        values = list(figures.domains.values())
+        values = list(figures.slices[axis].values())
         places = [place + 0.6 * order / len(part.drafters) for place in range(len(values))]
         reach = [[v.value - v.low for v in values], [v.high - v.value for v in values]]
         axes[0].errorbar([v.value for v in values], places, xerr=reach, fmt="o", ms=4, lw=1, label=label(name))
-    names = [label(name) for name in next(iter(part.drafters.values())).domains]
+    names = [label(name) for name in next(iter(part.drafters.values())).slices[axis]]
     axes[0].set(xlabel="block efficiency", yticks=range(len(names)), yticklabels=names)
     axes[0].invert_yaxis()
     axes[0].legend(fontsize=8, frameon=False)

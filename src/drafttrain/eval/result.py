@@ -23,8 +23,10 @@ from drafttrain.eval.quality import Agreement, TaskScore
 from drafttrain.eval.typed_json import from_json, to_json
 from drafttrain.heads.token_head import MadeFor
 
-FORMAT = 4
+FORMAT = 5
 """Version of eval.json."""
+WITH_INTERVALS_OF_DOMAINS = 4
+"""The first version that stored them."""
 LOSSY = "lossy"
 
 
@@ -143,6 +145,15 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class MacroFigures:
+    """Means over prompts of each prompt's own figure: a short output weighs as much as a long one."""
+
+    block_efficiency: Interval
+    speedup: Interval
+    """Mean tokens per second over those of the baseline, as Spec-Bench divides them."""
+
+
+@dataclass(frozen=True)
 class DrafterFigures:
     """All figures of one drafter, or training-free proposer, at one temperature and one draft length."""
 
@@ -161,12 +172,14 @@ class DrafterFigures:
     speedup: Speedup
     seconds: Seconds
     vllm: VllmFigures
-    domains: Mapping[str, Interval]
-    """Block efficiency by domain of the prompts; empty where there is one domain only."""
+    slices: Mapping[str, Mapping[str, Interval]]
+    """Block efficiency by axis (domain, language, turn, context) and slice; without axes on which all prompts are alike."""
     prompts: Sequence[PromptCounts]
     samples: Sequence[Sample]
     replay: Mapping[str, Interval]
     exactness: str
+    macro: MacroFigures | None = None
+    """None: an earlier version."""
     alpha: Interval | None = None
     """None: a training-free proposer, which has no distribution."""
     proposer: Mapping[str, Any] | None = None
@@ -188,13 +201,30 @@ class DrafterFigures:
 
 
 @dataclass(frozen=True)
+class ComparedSlice:
+    """Two drafters on the prompts of a slice, first less second."""
+
+    block_efficiency: Interval
+    permutation_p_value: float
+    holm_p_value: float
+    """The permutation p-value, corrected for all slices of the axis."""
+
+
+@dataclass(frozen=True)
 class PairedComparison:
     """Two drafters on the same prompts, first less second."""
 
     block_efficiency: Interval
     p_value: float
+    """Of the interval (jackknife); two-sided."""
     speed: Interval | None = None
-    """Tokens per second of the first over those of the second; None: two drafters."""
+    """Tokens per second of the first over those of the second; None: not decoded in turns."""
+    permutation_p_value: float | None = None
+    """None, as those below: an earlier version."""
+    macro: Interval | None = None
+    """Difference of the means over prompts."""
+    slices: Mapping[str, Mapping[str, ComparedSlice]] | None = None
+    """By axis and slice."""
 
 
 @dataclass(frozen=True)
@@ -323,8 +353,11 @@ def _completed(content: dict[str, Any]) -> dict[str, Any]:
         for figures in part["drafters"].values():
             figures.setdefault("length", content["settings"]["length"])
             figures.setdefault("exactness", content["exactness"])
-            if content.get("format", FORMAT) < FORMAT:
+            if content.get("format", FORMAT) < WITH_INTERVALS_OF_DOMAINS:
                 _complete_older(figures)
+            if "domains" in figures:
+                domains = figures.pop("domains")
+                figures["slices"] = {"domain": domains} if domains else {}
     return content
 
 

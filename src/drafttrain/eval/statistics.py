@@ -24,6 +24,25 @@ Part = tuple[ArrayLike, ArrayLike]
 """Numerators and denominators by prompt."""
 
 
+def summed_by(units: Sequence[str], *values: ArrayLike) -> list[np.ndarray[Any, Any]]:
+    """Return values by prompt, each summed over the prompts of a unit; units are in the order of their first prompts."""
+    places = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
+    place_P = [places[unit] for unit in units]
+    return [np.bincount(place_P, np.asarray(value, dtype=float), len(places)) for value in values]
+
+
+def means(first: Part, second: Part) -> tuple[Part, Part]:
+    """Return two parts as means over prompts: every prompt weighs the same, whatever its length (macro averages).
+
+    Prompts that one of the parts has nothing of are left out of both.
+    """
+    sides = [np.asarray(part, dtype=float) for part in (first, second)]
+    counted_P = (sides[0][1] > 0) & (sides[1][1] > 0)
+    ones_P = np.ones(int(counted_P.sum()))
+    one, other = ((top_P[counted_P] / bottom_P[counted_P], ones_P) for top_P, bottom_P in sides)
+    return one, other
+
+
 def ratio_interval(numerator: ArrayLike, denominator: ArrayLike) -> Interval:
     """Return sum(numerator) / sum(denominator) over prompts."""
     found = _estimate([(numerator, denominator)], lambda ratio: ratio)

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from drafttrain.core.console import say, table
-from drafttrain.eval.interval import RELIABLE_PROMPTS, Interval, number, p_value
+from drafttrain.eval.compared import (
+    ARM_CAPTION,
+    ARM_COLUMNS,
+    PAIR_CAPTION,
+    PAIR_COLUMNS,
+    arm_rows,
+    compared_slice_rows,
+    pair_rows,
+)
+from drafttrain.eval.interval import RELIABLE_PROMPTS, Interval, number
 from drafttrain.eval.result import AtTemperature, DrafterFigures, HeadFigures, PlainFigures, Result
 
 CARRIES_OVER = "What carries over to a GPU"
@@ -17,11 +26,13 @@ ROUND_CAPTION = (
     "Milliseconds of a mean round on this machine: forwards of target and drafter, and the rest of each phase"
 )
 ROUND_COLUMNS = ("temperature", "drafter", "round", "target", "drafter's", "rest of drafting", "rest of verification")
+SIGNIFICANT = 0.05
+"""Differences by slice up to this corrected p-value are printed; the page has all."""
 TIMED_COLUMNS = ("temperature", "drafter", "tokens/s", "speed-up", "baseline")
 
 
 def show(result: Result) -> None:
-    """Print the two tables, then what needs a sentence: differences, lossy rules, comparisons, heads."""
+    """Print the tables of counts and of times, then what needs a sentence."""
     length, machine = in_words(result.settings["length"]), result.provenance.machine
     about = f"{result.num_prompts} prompts, target {target_in_words(result)}; {length}; brackets: 95 % intervals over prompts"
     rows = [_counted_row(part, *arm) for part in result.temperatures for arm in part.drafters.items()]
@@ -31,16 +42,45 @@ def show(result: Result) -> None:
     table(rows, columns=TIMED_COLUMNS, title=f"\n{where}: {THIS_MACHINE_CAPTION}")
     rows = [row for part in result.temperatures for row in round_rows(part)]
     table(rows, columns=ROUND_COLUMNS, title=f"\n{ROUND_CAPTION}")
+    _show_slices(result)
+    _show_pairs(result)
+    _show_notes(result)
+
+
+def show_compared(result: Result) -> None:
+    """Print the table of all drafters, every pair, the slices of the prompts, and what needs a sentence."""
+    about = f"{result.num_prompts} prompts, target {target_in_words(result)}; brackets: 95 % intervals over prompts"
+    rows = [row for part in result.temperatures for row in arm_rows(part)]
+    table(rows, columns=ARM_COLUMNS, title=f"\n{ARM_CAPTION}\n{about}")
+    _show_pairs(result)
+    _show_slices(result)
     for part in result.temperatures:
-        if rows := domain_rows(part):
-            table(rows, columns=("domain", "prompts", *part.drafters), title=f"\n{domain_caption(part)}")
+        for temperature, pair, axis, name, difference, _, holm in compared_slice_rows(part, below=SIGNIFICANT):
+            say(f"temperature {temperature}: {pair} on {axis} {name}: {difference} (Holm p = {holm})")
+    _show_notes(result)
+
+
+def _show_pairs(result: Result) -> None:
+    if rows := [row for part in result.temperatures for row in pair_rows(part)]:
+        table(rows, columns=PAIR_COLUMNS, title=f"\n{PAIR_CAPTION}")
+
+
+def _show_slices(result: Result) -> None:
+    """Print a table for each axis on which the prompts differ."""
+    for part in result.temperatures:
+        for axis in slice_axes(part):
+            columns = (axis, "prompts", *part.drafters)
+            table(slice_rows(part, axis), columns=columns, title=f"\n{slice_caption(part, axis)}")
+
+
+def _show_notes(result: Result) -> None:
+    """Print what needs a sentence: other targets, differences, lossy rules, heads."""
     for name, drafter in result.drafters.items():
         if drafter.target != result.target.name:
             say(f"note: {name} decodes with {drafter.target}: its parity and its speed-up are against that target")
     for part in result.temperatures:
         for name, figures in part.drafters.items():
             _show_quality(part, name, figures)
-        _show_comparisons(part)
         _show_baselines(part.plain)
     if result.head is not None:
         _show_head(result.head)
@@ -80,17 +120,22 @@ def round_rows(part: AtTemperature) -> list[list[str]]:
     ]
 
 
-def domain_caption(part: AtTemperature) -> str:
-    """Return the title of the table of domains."""
+def slice_axes(part: AtTemperature) -> list[str]:
+    """Return the axes on which the prompts differ."""
+    return list(next(iter(part.drafters.values())).slices)
+
+
+def slice_caption(part: AtTemperature, axis: str) -> str:
+    """Return the title of the table of an axis."""
     note = f"; *: fewer than {RELIABLE_PROMPTS} prompts, the interval is not reliable"
-    return f"Block efficiency by domain of the prompts, temperature {part.temperature:g}{note}"
+    return f"Block efficiency by {axis} of the prompts, temperature {part.temperature:g}{note}"
 
 
-def domain_rows(part: AtTemperature) -> list[list[str]]:
-    """Return a row for each domain: its prompts, and the block efficiency of every drafter; none where there is one domain."""
-    by_drafter = [figures.domains for figures in part.drafters.values()]
+def slice_rows(part: AtTemperature, axis: str) -> list[list[str]]:
+    """Return a row for each slice: its prompts, and the block efficiency of every drafter; none where all are alike."""
+    by_drafter = [figures.slices.get(axis, {}) for figures in part.drafters.values()]
     return [
-        [name or "(none)", str(found.num_prompts), *(_with_mark(domains[name]) for domains in by_drafter)]
+        [name or "(none)", str(found.num_prompts), *(_with_mark(slices[name]) for slices in by_drafter)]
         for name, found in by_drafter[0].items()
     ]
 
@@ -156,15 +201,6 @@ def _show_quality(part: AtTemperature, name: str, figures: DrafterFigures) -> No
         say(
             f"temperature {part.temperature:g}: {name} solves {figures.task.score.value:.1%} of the prompts; minus the "
             f"target's own share: {figures.task.less_the_targets.text(3)}, paired over prompts"
-        )
-
-
-def _show_comparisons(part: AtTemperature) -> None:
-    for name, found in part.comparisons.items():
-        say(
-            f"temperature {part.temperature:g}: {name}: block efficiency {found.block_efficiency.text(3)}, "
-            f"paired over prompts ({p_value(found.p_value)})"
-            + (f"; {found.speed.text()} times as many tokens/s" if found.speed else "")
         )
 
 

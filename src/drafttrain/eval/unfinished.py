@@ -114,7 +114,7 @@ def made_with(
         "tokenizer": target.tokenizer_fingerprint,
         "drafters": {name: _content(folder) for name, folder in folders.items()},
         "heads": [_content(Path(head)) for head in heads],
-        "prompts": [[prompt.id, list(prompt.tokens)] for prompt in prompts],
+        "prompts": [[prompt.id, list(prompt.tokens), *prompt.questions] for prompt in prompts],
         "settings": settings.as_dict(),
         "versions": [about["commit"], about["python"], about["packages"], about["machine"]],
         "threads": torch.get_num_threads(),

@@ -14,6 +14,7 @@ from drafttrain.core.errors import DrafttrainError, Interrupted
 from drafttrain.core.texts import Prompt
 from drafttrain.distributed.world import without_launcher
 from drafttrain.eval.evaluate import evaluate
+from drafttrain.eval.later_turns import most_prompt_tokens
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.result import Input, Result, read_result
 from drafttrain.eval.settings import EvalSettings
@@ -50,11 +51,13 @@ def evaluate_folders(
     *,
     dropped: Sequence[str],
     unfinished: Path | None = None,
+    answers: Path | None = None,
 ) -> Result:
     """Evaluate drafter folders on the prompts of the settings, without the contaminated ones.
 
     Args:
         unfinished: Folder in which outputs are stored until the evaluation has ended.
+        answers: Folder for the answers as Spec-Bench's files; None: they are not written.
     """
     prompts = read_prompts(
         settings.prompts,
@@ -64,7 +67,9 @@ def evaluate_folders(
         limit=settings.num_prompts,
     )
     check_lengths(target, prompts, settings)
-    result = evaluate(folders, target, prompts, replace(settings, num_prompts=None), unfinished=unfinished)
+    result = evaluate(
+        folders, target, prompts, replace(settings, num_prompts=None), unfinished=unfinished, answers=answers
+    )
     return replace(result, prompts_dropped_for_overlap=len(dropped))
 
 
@@ -75,7 +80,6 @@ def with_inputs(result: Result, inputs: Inputs) -> Result:
 
 def check_lengths(target: Target, prompts: Sequence[Prompt], settings: EvalSettings) -> None:
     """Refuse prompts that with eval.max_new_tokens exceed the positions of the target."""
-    longest = max(len(prompt.tokens) for prompt in prompts)
-    target.check_length(
-        longest + settings.max_new_tokens, what=f"the longest prompt ({longest} tokens) and eval.max_new_tokens"
-    )
+    new = settings.max_new_tokens
+    longest = max(most_prompt_tokens(prompt, target, max_new_tokens=new) for prompt in prompts)
+    target.check_length(longest + new, what=f"the longest prompt ({longest} tokens) and eval.max_new_tokens")

@@ -21,6 +21,7 @@ from drafttrain.eval.figures import compare
 from drafttrain.eval.interval import Interval
 from drafttrain.eval.metrics import PromptCounts, over_seeds, totals_of
 from drafttrain.eval.result import PairedComparison, Result, read_result
+from drafttrain.eval.slices import part_of
 from drafttrain.eval.statistics import ratio_interval
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.training.result import TrainResult
@@ -218,7 +219,7 @@ def _arm(
         parts.append(
             ArmAtTemperature(
                 temperature=runs[0].result.temperatures[number].temperature,
-                block_efficiency=ratio_interval([c.num_tokens for c in counts], [c.num_rounds for c in counts]),
+                block_efficiency=ratio_interval(*part_of(counts)),
                 by_seed=[totals_of(one).block_efficiency for one in by_seed],
                 draft_acceptance_rate=totals_of(counts).draft_acceptance_rate,
                 lossy=any(one.result.lossy for one in runs),

@@ -15,8 +15,8 @@ from drafttrain.eval.table import (
     CARRIES_OVER_CAPTION,
     THIS_MACHINE_CAPTION,
     alpha_cell,
-    domain_rows,
     in_words,
+    slice_rows,
 )
 from drafttrain.export.markdown import block, code, plain
 from drafttrain.serving.engines import ServingEngine, Use, engine_of, engines
@@ -108,7 +108,7 @@ def _by_domain(result: Result, drafter: str) -> str:
     if (share := greedy.drafters[drafter].draft_vocabulary_share) is not None:
         lines += [f"The draft vocabulary holds {share:.2%} of the tokens of these outputs."]
     place = list(greedy.drafters).index(drafter)
-    rows = [f"| {plain(row[0])} | {row[1]} | {row[2 + place]} |" for row in domain_rows(greedy)]
+    rows = [f"| {plain(row[0])} | {row[1]} | {row[2 + place]} |" for row in slice_rows(greedy, "domain")]
     if rows:
         lines += [
             "",
