@@ -1,7 +1,7 @@
 """The section `eval` of a recipe."""
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from drafttrain.core.registry import component_mapping
 from drafttrain.core.settings import setting
