@@ -282,6 +282,25 @@ def test_plugins_register_kinds_before_they_are_looked_up(tmp_path, monkeypatch)
     assert "plugins: cannot import 'no_such_module'" in found[0]
 
 
+def test_a_plugin_with_a_type_that_no_structured_config_holds_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "odd_plugin_of_a_test.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from drafttrain.drafters import drafters\n"
+        "@dataclass\n"
+        "class Settings:\n"
+        "    arms: set[str] = None\n"
+        "@drafters.register('odd_hydra', Settings)\n"
+        "class Hydra: pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        (found,) = problems(DEMO.read_text(), "plugins=[odd_plugin_of_a_test]", "drafter={kind: odd_hydra}")
+        assert "Unexpected type annotation: set[str]" in found
+    finally:
+        drafters._entries.pop("odd_hydra", None)
+        sys.modules.pop("odd_plugin_of_a_test", None)
+
+
 def test_every_field_of_every_section_says_what_it_means():
     def silent(settings: type, path: str) -> Iterator[str]:
         for name, field in fields_of(settings).items():

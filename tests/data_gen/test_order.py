@@ -178,6 +178,7 @@ def test_a_prompt_that_shares_thirteen_tokens_is_found_and_one_that_shares_twelv
     assert contaminated(prompts, [text[:500], text[500:]], ngram=13) == ["inside"]
     assert contaminated(prompts, [text], ngram=13) == ["inside", "across"]
     assert contaminated(prompts, [text], ngram=0) == []
+    assert contaminated({"shorter": [1, 2, 3]}, [text], ngram=13) == []
 
 
 def slots_of(lengths: list[int], rows: list[list[int]]) -> int:

@@ -39,7 +39,7 @@ def contaminated(
     found: set[Key] = set()
     for text in texts:
         hashes = _hashes(np.asarray(text), ngram)
-        for place in np.flatnonzero(np.isin(hashes, wanted)).tolist():
+        for place in np.flatnonzero(_are_in(hashes, wanted)).tolist():
             window = tuple(int(token) for token in text[place : place + ngram])
             found |= {id for id in owners[int(hashes[place])] if window in exact[id]}
     return [id for id in prompts if id in found]
@@ -60,6 +60,13 @@ def read_contamination(path: Path, *, prompts: str) -> list[str]:
 
 def _ngrams(tokens: Sequence[int], ngram: int) -> set[tuple[int, ...]]:
     return {tuple(tokens[start : start + ngram]) for start in range(len(tokens) - ngram + 1)}
+
+
+def _are_in(values_N: np.ndarray[Any, Any], wanted_M: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Return whether each value is in `wanted_M`, which is sorted; np.isin would sort the values of every text too."""
+    if not len(wanted_M):
+        return np.zeros(len(values_N), dtype=np.bool_)
+    return wanted_M[np.searchsorted(wanted_M, values_N).clip(max=len(wanted_M) - 1)] == values_N
 
 
 def _hashes(tokens: np.ndarray[Any, Any], ngram: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
