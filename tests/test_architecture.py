@@ -233,37 +233,6 @@ def test_import_drafttrain_takes_less_than_a_fifth_of_a_second_of_processor_time
     assert min(float(run(code)) for _ in range(3)) < 0.2
 
 
-def test_recipes_evaluation_and_export_need_neither_lightning_nor_deepspeed():
-    run(
-        f"""
-        import importlib, pkgutil, sys
-
-        class Without:
-            "A finder that does not see what is not installed here."
-            def __init__(self, finder): self.finder = finder
-            def __getattr__(self, name): return getattr(self.finder, name)
-            def find_spec(self, name, path=None, target=None):
-                hidden = name.split(".")[0] in {TRAIN_ONLY!r}
-                return None if hidden else self.finder.find_spec(name, path, target)
-
-        sys.meta_path = [Without(finder) for finder in sys.meta_path]
-        try:
-            import lightning
-        except ModuleNotFoundError:
-            pass
-        else:
-            raise AssertionError("lightning can be imported: nothing is proven")
-
-        import drafttrain.config.load, drafttrain.config.schema, drafttrain.eval, drafttrain.export, drafttrain.importers
-        for room in (drafttrain.eval, drafttrain.export, drafttrain.importers, drafttrain.config):
-            for module in pkgutil.walk_packages(room.__path__, room.__name__ + "."):
-                importlib.import_module(module.name)
-        drafttrain.config.schema.recipe_schema()  # scans every registry
-        assert not {TRAIN_ONLY!r} & {{name.split(".")[0] for name in sys.modules}}
-        """
-    )
-
-
 def run(code: str) -> str:
     """Run Python in a process of its own and return what it prints."""
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)

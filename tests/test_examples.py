@@ -1,7 +1,6 @@
 """The scripts under examples/ run as they are, and the Python API that they use is what the package promises."""
 
 import runpy
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,12 +47,8 @@ def test_every_example_is_run_here():
     }
 
 
-def test_two_drafters_are_compared(tmp_path):
-    """In a process of its own, as a user runs it."""
-    command = [sys.executable, str(EXAMPLES / "compare_drafters.py"), "--num-prompts", "2", "--max-new-tokens", "8"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    stdout = done.stdout
+def test_two_drafters_are_compared(example):
+    stdout = example.run("compare_drafters.py", "--num-prompts", "2", "--max-new-tokens", "8")
     assert "block efficiency" in stdout
     assert stdout.count("  B  ") >= 2
 

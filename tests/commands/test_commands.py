@@ -301,7 +301,7 @@ def test_a_run_folder_with_another_name_is_another_run(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("kill", [pytest.param(signal.SIGKILL, marks=pytest.mark.processes), signal.SIGTERM])
-def test_a_killed_training_continues_bit_for_bit(recipe, tmp_path, kill):
+def test_a_killed_training_continues_bit_for_bit(recipe, tmp_path, kill, monkeypatch):
     """SIGKILL between two checkpoints, SIGTERM (exit code 75): the same command again gives the uninterrupted curve and weights.
 
     Rows are logged off the grid of checkpoints, so that sums of steps that are not logged yet must travel too.
@@ -309,7 +309,9 @@ def test_a_killed_training_continues_bit_for_bit(recipe, tmp_path, kill):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     words = [*waiting_loss.PLUGIN, "train.max_steps=24", "train.eval_every_steps=12", "train.log_every_steps=7"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run(command("fit", recipe, *words, "--runs", whole), check=True, env=environment, capture_output=True)
+    # Only the one that is killed needs a process of its own.
+    monkeypatch.setattr("drafttrain.commands.fit.export_and_judge", lambda run: None)
+    fit(load_recipe(recipe, words), whole / "tiny")
     with (tmp_path / "said").open("wb") as said:
         process = subprocess.Popen(
             command("fit", recipe, *words, "--runs", broken), env=environment | {"WAITS_IN": str(tmp_path)}, stderr=said
@@ -320,7 +322,7 @@ def test_a_killed_training_continues_bit_for_bit(recipe, tmp_path, kill):
     assert process.wait() == (75 if kill is signal.SIGTERM else -signal.SIGKILL)
     assert (broken / "tiny" / "checkpoints" / f"step-{waiting_loss.STEP:08d}.ckpt").exists() is (kill is signal.SIGTERM)
     assert not (broken / "tiny" / "train.json").exists()
-    subprocess.run(command("fit", recipe, *words, "--runs", broken), check=True, env=environment, capture_output=True)
+    fit(load_recipe(recipe, words), broken / "tiny")
     assert curve(broken / "tiny") == curve(whole / "tiny")
     best = json.loads((whole / "tiny" / "train.json").read_text())["drafter"]
     assert best.startswith("best/step-")
@@ -371,17 +373,17 @@ def test_pretraining_comes_first_reads_plain_text_only_and_its_end_is_the_start(
             load_recipe(recipe, [*wanted, generated, f"data.sources=[{{kind: generated}}{unread}]"])
 
 
-def test_eval_runs_where_lightning_and_deepspeed_are_not_installed(finished):
-    blocked = (
-        "import sys\n"
-        "for name in ('lightning', 'pytorch_lightning', 'deepspeed'): sys.modules[name] = None\n"
-        "from drafttrain.cli import main\n"
-        f"sys.argv = ['drafttrain', 'eval', {str(finished / 'drafter')!r}, {str(finished / 'start')!r},"
-        f" 'eval.num_prompts=2', 'eval.max_new_tokens=4', 'eval.speed_prompts=0',"
-        f" 'eval.prompts={finished.parent / 'prompts.jsonl'}']\n"
-        "main()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, check=False)
+def test_eval_recipes_and_export_need_neither_lightning_nor_deepspeed(finished):
+    few = ["eval.num_prompts=2", "eval.max_new_tokens=4", "eval.speed_prompts=0"]
+    words = [
+        "eval",
+        finished / "drafter",
+        finished / "start",
+        *few,
+        f"eval.prompts={finished.parent / 'prompts.jsonl'}",
+    ]
+    command = [sys.executable, "-m", "tests.commands.without_trainer", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "A - B" in done.stderr
     assert "block efficiency" in done.stdout

@@ -27,6 +27,10 @@ def smoked(name: str) -> object:
         or name.startswith("smollm2_")
         or name
         in {
+            # `tests/test_examples.py` runs the demo's smoke, unshortened.
+            "demo",
+            # The first phase of `direct_alignment`.
+            "builtin_drafter",
             "tiny_medusa2",
             "tiny_p_eagle",
             "tiny_dspark",
@@ -69,9 +73,11 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
         "smollm2_kangaroo": [*EMBEDDED, *EMBEDDED_TEXT, "drafter.draft_vocab_size=512", "export.dtype=float32"],
         "smollm2_draft": [*EMBEDDED, *EMBEDDED_TEXT, "drafter.hidden_size=64", "drafter.num_heads=2"],
     }
-    # `tests/test_examples.py` runs the demo's smoke unshortened.
-    short = ["eval.max_new_tokens=8", "eval.temperatures=[0]", "train.max_steps=10", "train.warmup_steps=5"]
+    short = ["eval.max_new_tokens=8", "eval.num_prompts=2", "eval.temperatures=[0]"]
+    short += ["train.max_steps=4", "train.warmup_steps=2", "train.eval_prompts=2"]
     recipe = load_recipe(name, [*short, *overrides.get(name, [])], smoke=True)
+    if recipe.data.generate is not None:
+        recipe.data.generate.num_records = 8
     fit(recipe, tmp_path / "run")
     trained = "head" if recipe.head is not None else "drafters/current" if recipe.online is not None else "drafter"
     assert (tmp_path / "run" / trained / "model.safetensors").exists()
