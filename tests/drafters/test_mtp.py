@@ -22,6 +22,7 @@ from drafttrain.target_model.packed_attention import Columns
 from tests.drafters.eagle_models import eagle_target, packed
 from tests.drafters.mtp_models import deepseek_folder, loaded, mimo_folder
 from tests.eval.decoding import PROMPTS, chi_square, decode, greedy, rounds_of_replay
+from tests.marks import slow
 
 STEPS = 4
 LENGTHS = (9, 7, 12)
@@ -347,7 +348,7 @@ def test_replay_of_the_training_rows_counts_the_rounds_of_the_loop(both):
     assert differences.abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("draft", ["sampled", "greedy"])
+@pytest.mark.parametrize("draft", ["sampled", slow("greedy")])
 def test_sampled_output_has_the_targets_distribution(draft, tmp_path):
     small = loaded(
         mimo_folder(tmp_path / "target", vocab_size=8, num_hidden_layers=1, hidden_size=16, initializer_range=0.5)

@@ -31,6 +31,7 @@ from tests.eval.test_domino_engine import (
     written,
 )
 from tests.eval.test_eagle_engine import Tree
+from tests.marks import slow
 
 TOP = 3
 DFLASH2: dict[str, Any] = {"conv_group_size": 8, "selector_rank": 8, "selector_top_k": TOP, "block_size": 5}
@@ -123,7 +124,7 @@ def small() -> Any:
     return target, drafter
 
 
-@pytest.mark.parametrize("vocabulary", [None, 5])
+@pytest.mark.parametrize("vocabulary", [slow(None), 5])
 def test_the_output_has_the_targets_distribution(small, vocabulary):
     target, made = small
     assert distribution_of(target, made(vocabulary).proposer(target)) > 1e-3

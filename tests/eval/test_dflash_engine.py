@@ -28,7 +28,7 @@ from tests.conftest import byte_tokenizer
 from tests.drafters.block_models import block_drafter, block_target
 from tests.eval.decoding import chi_square, decode, greedy
 from tests.eval.test_eagle_engine import Tree
-from tests.marks import slow
+from tests.marks import only, slow
 from tests.target_model.test_target import ARCHITECTURES
 
 PROMPTS = [Prompt(str(i), list(range(1 + i, 2 + i + size))) for i, size in enumerate((0, 5, 11))]
@@ -97,7 +97,7 @@ def test_greedy_output_is_the_targets_own_together_and_alone(target, settings, p
     )
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", only(["qwen3", "gpt_neox"], ARCHITECTURES))
 def test_greedy_output_is_the_targets_own_on_every_architecture(name):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]).double().eval()

@@ -26,6 +26,7 @@ from tests.drafters.block_models import block_drafter, block_target
 from tests.drafters.test_dspark import all_logits
 from tests.eval.decoding import chi_square, decode, greedy
 from tests.eval.test_eagle_engine import Tree
+from tests.marks import slow
 
 PROMPTS = [Prompt(str(i), list(range(1 + i, 2 + i + size))) for i, size in enumerate((0, 5, 11))]
 NEW = 16
@@ -169,7 +170,7 @@ def distribution_of(target: Target, proposer: Any) -> float:
     return chi_square(target.model, proposer, 1.0, samples=800, target=target)
 
 
-@pytest.mark.parametrize("shift_label", [True, False])
+@pytest.mark.parametrize("shift_label", [True, slow(False)])
 def test_the_output_has_the_targets_distribution(small, shift_label):
     target, made = small
     assert distribution_of(target, made(shift_label).proposer(target)) > 1e-3

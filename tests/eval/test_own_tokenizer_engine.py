@@ -21,6 +21,7 @@ from drafttrain.target_model.other_tokenizer import OtherTokenizer
 from tests.conftest import random_llama
 from tests.eval.decoding import chi_square, decode, greedy
 from tests.eval.test_verification import EXACT, Script, distance, outcomes
+from tests.marks import slow
 from tests.small_tokenizers import letters
 
 WORDS = ["a", "b", "ab"]
@@ -127,7 +128,7 @@ def test_control_a_map_of_ids_that_is_off_by_one():
     assert distance(*enumerated(1, changed=shifted)) > 0.01
 
 
-@pytest.mark.parametrize("draft", ["sampled", "greedy"])
+@pytest.mark.parametrize("draft", ["sampled", slow("greedy")])
 def test_sampled_output_passes_a_test_against_the_target(draft):
     tokenizer = letters(["a", "b", "c", "ab", "bc", "d", "e"])
     model = random_llama(num_layers=1, vocab_size=8, hidden_size=16).double()

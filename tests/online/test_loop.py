@@ -93,9 +93,9 @@ def serve(target, folder: Path, log: Path, wanted: list[Prompt]) -> float:
         for proposer in (drafter.proposer(target), NoDraft())
     ]
     rounds = tokens = 0
+    drafted, plainly = (engine.generate(wanted) for engine in engines)
     with log.open("a") as file:
-        for prompt in wanted:
-            one, plain = (engine.generate([prompt])[0] for engine in engines)
+        for prompt, one, plain in zip(wanted, drafted, plainly, strict=True):
             assert list(one.tokens) == list(plain.tokens), "the served text is the target's own with any drafter"
             rounds, tokens = rounds + len(one.rounds), tokens + len(one.tokens)
             # Random bytes are not valid text, so the log holds ids.

@@ -32,6 +32,7 @@ from drafttrain.target_model import Target
 from drafttrain.training.gpus import MEMORY_AND_BANDWIDTH, Gpu
 from drafttrain.training.optimizer import build_optimizer
 from tests.cli.test_cli import call
+from tests.marks import slow
 
 SMALL = ["data.max_length=96", "train.batch_size=8", "train.records_per_device=4", "data.cache=none"]
 
@@ -184,8 +185,8 @@ def eagle() -> Plan:
     ("name", "optimizer"),
     [
         ("tiny_eagle3", "muon"),
-        ("tiny_medusa", "adamw"),
-        pytest.param("tiny_dflash", "muon", marks=pytest.mark.slow),
+        slow("tiny_medusa", "adamw"),
+        slow("tiny_dflash", "muon"),
     ],
 )
 def test_a_plan_is_what_a_real_step_takes(name: str, optimizer: str) -> None:

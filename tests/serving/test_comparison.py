@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,19 @@ def eagle3(target, prompts, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def damaged(eagle3, target, prompts, job, tmp_path_factory) -> Callable[[Any], Side]:
+    """What the evaluator does with a copy that has a fault."""
+
+    @functools.cache
+    def side_of(fault: Any) -> Side:
+        folder = folders.damage(Path(shutil.copytree(eagle3, tmp_path_factory.mktemp("fault") / "damaged")), fault)
+        drafter = read_drafter(folder, target)
+        return evaluator_side(target, drafter, prompts, job, num_draft_tokens=NUM_DRAFT_TOKENS)
+
+    return side_of
+
+
+@pytest.fixture(scope="module")
 def sides(eagle3, target, prompts, job) -> Side:
     """What the evaluator does with it; handed to the comparison as the engine's too."""
     return evaluator_side(target, read_drafter(eagle3, target), prompts, job, num_draft_tokens=NUM_DRAFT_TOKENS)
@@ -178,10 +193,8 @@ def test_a_drafter_is_equal_to_itself(sides, target, prompts, job):
 @pytest.mark.parametrize(
     "fault", [folders.swap_columns, folders.alter_rope_everywhere, folders.flatten_hidden_norm, folders.swap_rows]
 )
-def test_a_damaged_drafter_changes_the_counts(fault, eagle3, sides, target, prompts, job, tmp_path):
-    damaged = folders.damage(Path(shutil.copytree(eagle3, tmp_path / "damaged")), fault)
-    other = evaluator_side(target, read_drafter(damaged, target), prompts, job, num_draft_tokens=NUM_DRAFT_TOKENS)
-    found = compared(other, sides, target, prompts, job)
+def test_a_damaged_drafter_changes_the_counts(fault, damaged, sides, target, prompts, job):
+    found = compared(damaged(fault), sides, target, prompts, job)
     assert found.lossless.exact
     assert "drafts differently from the evaluator" in found.problems[0]
     assert found.json()["verdict"] == "failed"
@@ -192,10 +205,8 @@ def in_bfloat16(target: Target) -> Target:
 
 
 @pytest.mark.parametrize("fault", [folders.swap_columns, folders.flatten_hidden_norm])
-def test_a_damaged_drafter_is_seen_where_rounding_is_allowed(fault, eagle3, sides, target, prompts, job, tmp_path):
-    damaged = folders.damage(Path(shutil.copytree(eagle3, tmp_path / "damaged")), fault)
-    other = evaluator_side(target, read_drafter(damaged, target), prompts, job, num_draft_tokens=NUM_DRAFT_TOKENS)
-    found = compared(other, sides, in_bfloat16(target), prompts, job)
+def test_a_damaged_drafter_is_seen_where_rounding_is_allowed(fault, damaged, sides, target, prompts, job):
+    found = compared(damaged(fault), sides, in_bfloat16(target), prompts, job)
     assert any("block efficiency" in problem for problem in found.problems)
 
 

@@ -15,6 +15,7 @@ from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.drafters.lora import LoraAdapter, LoraSettings
 from drafttrain.training import compiled
 from tests.conftest import random_llama
+from tests.marks import slow
 from tests.training.layouts import run
 
 CLOSE = {"abs": 1e-5}
@@ -83,7 +84,7 @@ def test_adapters_of_other_weights_are_not_resumed(tmp_path: Path):
 @pytest.mark.parametrize(
     ("settings", "stage"),
     [
-        ({"lora": LORA}, 2),
+        slow({"lora": LORA}, 2),
         ({"lora": LORA}, 3),
         (EAGLE3, 3),
         *(pytest.param(one, stage, marks=pytest.mark.slow) for one, stage in ((EAGLE3, 2), (BLOCK, 2), (BLOCK, 3))),
@@ -122,7 +123,7 @@ def test_control_recomputed_activations_with_other_dropout_are_another_training(
     assert run(tmp_path / "again", lora=LORA, activation_checkpointing=True) != pytest.approx(plain, **CLOSE)
 
 
-@pytest.mark.parametrize("settings", [{"lora": LORA}, EAGLE3], ids=["causal_lm", "eagle3"])
+@pytest.mark.parametrize("settings", [slow({"lora": LORA}), EAGLE3], ids=["causal_lm", "eagle3"])
 def test_a_compiled_training_of_adapters_is_the_same(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -25,6 +25,7 @@ from drafttrain.training.run import train
 from drafttrain.training.settings import TrainSettings
 from tests.conftest import random_llama
 from tests.data_gen.drawing import drawing, two_sources
+from tests.marks import slow
 
 STEPS, BATCH = 6, 6
 
@@ -129,7 +130,7 @@ def test_without_drawn_records_training_is_that_on_the_data(
     assert weights != on_policy(tmp_path / "some", data, tiny_target, fraction=0.2)[0], "control"
 
 
-@pytest.mark.parametrize("every_steps", [1, 4])
+@pytest.mark.parametrize("every_steps", [slow(1), 4])
 def test_a_resumed_training_is_the_training(
     data: TrainingData, tiny_target: Target, tmp_path: Path, every_steps: int
 ) -> None:
@@ -175,7 +176,7 @@ def test_metrics_have_the_share_and_length_of_the_answers_and_the_time_of_drawin
     assert float(row["draw_ms"]) == 0
 
 
-@pytest.mark.parametrize("every_steps", [1, 2])
+@pytest.mark.parametrize("every_steps", [slow(1), 2])
 def test_the_answers_of_a_step_are_of_the_weights_before_it(
     data: TrainingData, tiny_target: Target, tmp_path: Path, every_steps: int
 ) -> None:

@@ -321,7 +321,7 @@ def check_any_line(folder: Path, cases: int) -> None:
 
 
 def test_any_line_is_used_or_quarantined_with_its_reason(tmp_path):
-    check_any_line(tmp_path, 500)
+    check_any_line(tmp_path, 250)
 
 
 @pytest.mark.slow
