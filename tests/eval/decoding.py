@@ -63,7 +63,7 @@ def chi_square(
     proposer: Any,
     temperature: float,
     *,
-    samples: int = 1200,
+    samples: int = 2500,
     prepare: Any = None,
     policy: Any = None,
     target: Target | None = None,

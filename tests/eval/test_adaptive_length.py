@@ -132,7 +132,8 @@ def test_the_output_has_the_targets_distribution_whatever_the_head_predicts(smal
             policy.observe = lambda verdict: (lengths.add(verdict.num_draft_tokens), observe(verdict))
             engine.policy = policy
 
-        assert chi_square(model, ChainProposer(drafter, target_vocab_size=8), 1.0, prepare=change) > 1e-3
+        proposer = ChainProposer(drafter, target_vocab_size=8)
+        assert chi_square(model, proposer, 1.0, prepare=change, samples=1200) > 1e-3
         assert len(lengths) > 1
 
 
@@ -163,7 +164,7 @@ def test_control_a_stop_that_reads_a_token_and_drops_it_changes_the_distribution
 
         proposer.propose = watched  # type: ignore[method-assign]
 
-    assert chi_square(model, proposer, 1.0, prepare=change) < 1e-3
+    assert chi_square(model, proposer, 1.0, prepare=change, samples=1200) < 1e-3
 
 
 # ---------------------------------------------------------------- a chain whose chances are known

@@ -332,6 +332,7 @@ def acceptance_after_training(target: Target, kind: str, table_VV: Tensor) -> fl
     return sum(rates) / len(rates)
 
 
+@pytest.mark.slow
 def test_a_walk_learns_a_bigram_that_independent_slots_cannot():
     """Training's next texts were never seen, so their acceptance is held out."""
     target = markov_target()

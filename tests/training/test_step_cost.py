@@ -117,6 +117,7 @@ def test_other_kinds_run_what_is_needed_and_take_what_their_headers_say(name, pa
     assert cost.memory + 29 * 2 * 218_112_000 == pytest.approx(in_header(name), rel=0.01)
 
 
+@pytest.mark.slow
 def test_pieces_are_those_of_the_device_whose_cost_is_counted() -> None:
     """A GPU has larger pieces of scores, which exist at once, and fewer of them, each up to the columns of its last block."""
     sizes: dict[str, Any] = {"num_layers": 1, "taps": [1], "anchors": 64, "mask_token_id": 0}
