@@ -5,6 +5,7 @@ The drafter and its texts are those of stories260k.py: first run that with `--st
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
@@ -19,9 +20,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from drafttrain.checkpoint import read_drafter
-from drafttrain.core.texts import Sampling
+from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import continuations
+from drafttrain.drafters.causal_lm.across_tokenizers import EncodedText
+from drafttrain.drafters.causal_lm.proposer import ChainProposer
+from drafttrain.drafters.causal_lm.retokenized import RetokenizedProposer
+from drafttrain.eval.acceptance.lossless import Lossless
+from drafttrain.eval.engine import Engine
+from drafttrain.eval.length.fixed import FixedLength
+from drafttrain.eval.statistics import ratio_interval
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.target_model.folders import resolve_folder
 from drafttrain.target_model.other_tokenizer import OtherTokenizer
@@ -42,6 +50,14 @@ def main() -> None:
     parser.add_argument(
         "--language-model", action="store_true", help="a drafter that was trained on the same texts without the target"
     )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DRAFTER",
+        help="block efficiency by tokens and by strings",
+    )
     parser.add_argument("--tokenizers", nargs="+", choices=TOKENIZERS, default=list(TOKENIZERS))
     arguments = parser.parse_args()
     bytes_folder = arguments.out / "bytes"
@@ -49,12 +65,11 @@ def main() -> None:
     if arguments.bounds:
         bounds(arguments, str(bytes_folder))
         return
+    if arguments.compare:
+        compare(arguments)
+        return
     if arguments.language_model:
-        model = language_model(arguments)
-        for choice in ("tokens", "strings"):
-            result = evaluated(arguments, model.parent, model, choice)
-            for row in rows(f"language model, {choice}", model.parent, result, seconds=0.0):
-                print("| " + " | ".join(row) + " |", flush=True)
+        print(f"written: {language_model(arguments)}")
         return
     print("| tokenizer | shared | temperature | block efficiency | alpha | at most | parity | MBSU | speed-up | fit |")
     print("|---|---|---|---|---|---|---|---|---|---|")
@@ -66,7 +81,7 @@ def main() -> None:
         if TOKENIZERS[name] is not None:
             results[f"{name}, strings"] = evaluated(arguments, folder, folder / "drafter", "strings")
         for label, result in results.items():
-            for row in rows(label, folder, result, seconds=seconds):
+            for row in rows(label, folder / "drafter", result, seconds=seconds):
                 print("| " + " | ".join(row) + " |", flush=True)
 
 
@@ -153,6 +168,43 @@ def language_model(arguments: argparse.Namespace) -> Path:
     return model
 
 
+def compare(arguments: argparse.Namespace) -> None:
+    """Print the block efficiency of drafters with their own tokenizer: by shared tokens and by strings, drawn and likeliest."""
+    torch.set_num_threads(1)
+    target = Target.load(TargetSettings(model=the_target(arguments.out)))
+    lines = (arguments.out / "test.jsonl").read_text().splitlines()[: arguments.prompts]
+    prompts = [Prompt(str(number), json.loads(line)["tokens"]) for number, line in enumerate(lines)]
+    print("| drafter | temperature | what is drafted | block efficiency | accepted of the drafted tokens |")
+    print("|---|---|---|---|---|")
+    ways = [("tokens", "greedy"), ("strings", "greedy"), ("tokens", "sampled"), ("strings", "sampled")]
+    for folder, temperature, (what, draft) in itertools.product(arguments.compare, (0.0, 1.0), ways):
+        if temperature == 0 and draft == "sampled":
+            continue
+        drafter: Any = read_drafter(folder, target)
+        drafter.draft = draft
+        proposer: Any = drafter.proposer(target)
+        if what == "strings":
+            # The drafter itself drafts its likeliest token.
+            own = drafter.other.own
+            drafts = ChainProposer(drafter.model, target_vocab_size=num_ids(own), draft=draft)
+            proposer = RetokenizedProposer(drafts, drafter.other, EncodedText(drafter.other))
+        engine = Engine(
+            target,
+            proposer,
+            rule=Lossless(),
+            policy=FixedLength(),
+            sampling=Sampling(temperature),
+            max_new_tokens=arguments.tokens,
+        )
+        found = engine.generate(prompts)
+        rounds = [one for generation in found for one in generation.rounds]
+        efficiency = ratio_interval([len(one.tokens) for one in found], [len(one.rounds) for one in found])
+        share = sum(one.num_accepted for one in rounds) / sum(one.num_draft_tokens for one in rounds)
+        words = f"{what}, {'likeliest' if draft == 'greedy' else 'drawn'}"
+        row = [folder.parent.name, f"{temperature:g}", words, efficiency.text(), f"{share:.3f}"]
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
 def evaluated(arguments: argparse.Namespace, folder: Path, drafter: Path, choice: str) -> Path:
     """Evaluate a drafter with its own tokenizer, beside prompt lookup; return the result's file."""
     out = folder / choice
@@ -170,7 +222,7 @@ def evaluated(arguments: argparse.Namespace, folder: Path, drafter: Path, choice
     return out / "eval.json"
 
 
-def rows(name: str, folder: Path, file: Path, *, seconds: float) -> list[list[str]]:
+def rows(name: str, drafter: Path, file: Path, *, seconds: float) -> list[list[str]]:
     """Return the figures of a result, by temperature; of prompt lookup too, where it was evaluated beside the drafter."""
     result = json.loads(file.read_text())
     found = []
@@ -181,7 +233,7 @@ def rows(name: str, folder: Path, file: Path, *, seconds: float) -> list[list[st
         found.append(
             [
                 name if label == "drafter" else label,
-                shared(folder) if (folder / "drafter").is_dir() and label == "drafter" else "",
+                shared(drafter) if label == "drafter" else "",
                 f"{part['temperature']:g}",
                 interval(figures["block_efficiency"]),
                 f"{figures['alpha']['value']:.3f}" if figures.get("alpha") else "",
@@ -200,10 +252,10 @@ def interval(found: dict[str, float]) -> str:
     return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
-def shared(folder: Path) -> str:
+def shared(drafter: Path) -> str:
     """Return the number of shared tokens."""
-    target = Target.load(TargetSettings(model=the_target(folder.parent)))
-    vocabulary = read_drafter(folder / "drafter", target).vocabulary
+    target = Target.load(TargetSettings(model=the_target(drafter.parent.parent)))
+    vocabulary = read_drafter(drafter, target).vocabulary
     return "all" if vocabulary is None else str(len(vocabulary))
 
 

@@ -83,6 +83,8 @@ class Recipe:
         if self.train.target_placement != "replicated":
             problems += self._placement()
         problems += self._states()
+        if self.data.cache_while_training:
+            problems += self._while_training()
         if self.data.on_policy is not None and self.data.on_policy.fraction > 0:
             problems += self._on_policy()
         if self.train.device != "auto":
@@ -258,6 +260,16 @@ class Recipe:
                 f"{key}: vLLM takes the first GPUs that it sees: leave target.device at auto, got {self.target.device}, and choose them with "
                 "CUDA_VISIBLE_DEVICES"
             )
+
+    def _while_training(self) -> Iterator[str]:
+        """Yield why no other process can write the cache during the training."""
+        key = "data.cache_while_training"
+        if self.data.cache == "none":
+            yield f"{key}: nothing is cached: set data.cache, or false"
+        if self.head is not None:
+            yield f"{key}: a head is trained on labelled draft tokens: set false"
+        if self.train.target_placement == "sharded":
+            yield f"{key}: a sharded target computes in the processes that train: set false, or another train.target_placement"
 
     def _on_policy(self) -> Iterator[str]:
         """Yield what cannot be trained on answers of the drafter in training."""

@@ -151,6 +151,11 @@ class DataSettings:
         help="Type of cached states; bfloat16 is exact for a target that runs in bfloat16, int8 (with a scale for 32 features) takes "
         "about half of its bytes. What a type costs of acceptance is measured when the cache is written.",
     )
+    cache_while_training: bool = setting(
+        False,
+        help="Begin to train with the first shards of the cache, while another process on this machine writes the others; it loads the "
+        "target (or starts the engine of data.states) by itself.",
+    )
     cache_top_k: int = setting(
         64, help="For cache top_k: tokens whose probability is stored; the others share the rest evenly.", ge=1
     )

@@ -22,11 +22,12 @@ from drafttrain.data_gen.packing import as_padding, pack, plan, row_length
 from drafttrain.data_gen.sampler import Sampler, own_shares
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources import Source, Versioned, content_of, sources
+from drafttrain.data_gen.stored.arriving import Arriving
 from drafttrain.data_gen.stored.cache_writer import build_cache
 from drafttrain.data_gen.stored.logged_distribution import with_logged
 from drafttrain.data_gen.stored.records import Store, open_store
 from drafttrain.data_gen.stored.target_cache import RowCache, with_stored
-from drafttrain.data_gen.stored.target_sums import add_sums
+from drafttrain.data_gen.stored.target_sums import add_sums, sums_of_shards
 from drafttrain.data_gen.stored.wanted import Wanted
 from drafttrain.target_model import Target
 
@@ -153,12 +154,12 @@ class TrainingData:
         )
 
     def visited(self, *, num_records: int) -> list[list[int]]:
-        """Return, by source, the records that the first `num_records` positions read, sorted by number."""
-        found: list[set[int]] = [set() for _ in self.stores]
+        """Return, by source, the records that the first `num_records` positions read, in the order in which they are first read."""
+        found: list[dict[int, None]] = [{} for _ in self.stores]
         for position in range(num_records):
             source, record = self.sampler.at(position)
-            found[source].add(record)
-        return [sorted(records) for records in found]
+            found[source][record] = None
+        return [list(records) for records in found]
 
     def label_counts(self) -> np.ndarray[Any, Any]:
         """Return how often each token id is a label, sources weighted as training draws from them."""
@@ -253,6 +254,7 @@ def attach_cache(
     distribution: bool = True,
     own_vocabulary: bool = False,
     needs: TargetNeeds,
+    arriving: Arriving | None = None,
 ) -> None:
     """Cache target outputs on the records that training will read, so that batches carry them.
 
@@ -260,6 +262,7 @@ def attach_cache(
         distribution: The loss compares with the target's distribution.
         own_vocabulary: The drafter has a smaller vocabulary: sums over all tokens are stored, so that a step computes only its logits.
         needs: Target outputs that the drafter reads; no others are stored.
+        arriving: Another process writes the cache; None: this one does, before it returns.
     """
     settings = data.settings
     if settings.cache == "none":
@@ -271,10 +274,19 @@ def attach_cache(
     for number, records in enumerate(data.visited(num_records=num_records)):
         if records:
             place, store = folder / f"{number}-cache", data.stores[number]
-            cache = build_cache(place, store, records, target, wanted=wanted, max_gb=settings.max_cache_gb)
-            if own_vocabulary and wanted.distribution == "states":
+            sums = sums_of_shards(store, wanted) if own_vocabulary and wanted.distribution == "states" else None
+            cache = build_cache(
+                *(place, store, records, target),
+                wanted=wanted,
+                max_gb=settings.max_cache_gb,
+                more=sums,
+                arriving=arriving,
+            )
+            if sums is not None and arriving is None:
+                # A cache that was written for another drafter has none.
                 add_sums(cache, store, target)
-            data.caches[number] = RowCache(place, target, wanted)
+                cache = RowCache(place, target, wanted)
+            data.caches[number] = cache
 
 
 def note_contamination(data: TrainingData, prompts: Mapping[Key, Sequence[int]], path: Path) -> list[Key]:

@@ -69,7 +69,7 @@ def check_data_engines(recipe: Recipe, data: Path) -> None:
 def training_data(run: Run) -> TrainingData:
     """Return the training data. The target's outputs are cached if the recipe says so, and contaminated prompts are stored."""
     with first_before_others("it encodes the sources"):
-        data = _prepared(run)
+        data = encoded_data(run)
     run.cache_target(data)
     with first_before_others("it checks the evaluation prompts for contamination"):
         if not run.folder.contamination.exists():
@@ -77,7 +77,8 @@ def training_data(run: Run) -> TrainingData:
     return data
 
 
-def _prepared(run: Run) -> TrainingData:
+def encoded_data(run: Run) -> TrainingData:
+    """Return the training data without cached target outputs."""
     data = prepare(
         run.recipe.data,
         run.folder.data,
@@ -124,7 +125,7 @@ def contaminated_prompts(run: Run, prompts: Prompts) -> list[str]:
     """Return the ids of those prompts that the training text contains; prompts that are new to the run are compared now."""
     path = run.folder.contamination
     if not path.exists() and run.folder.data.exists():
-        _note_contamination(run, _prepared(run))
+        _note_contamination(run, encoded_data(run))
     return read_contamination(path, prompts=name_of(prompts))
 
 

@@ -17,6 +17,7 @@ from drafttrain.core.files import folder_beside
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.vocabulary import share_of_tokens
 from drafttrain.data_gen.on_policy import OnPolicyData
+from drafttrain.data_gen.stored.arriving import Arriving
 from drafttrain.data_gen.training_data import TrainingData, attach_cache
 from drafttrain.distributed.collectives import first_before_others, shared, wait_for_all
 from drafttrain.distributed.world import is_first
@@ -25,7 +26,8 @@ from drafttrain.eval.result import Result
 from drafttrain.export.drafter import CalibrationTexts, DrafterExporter
 from drafttrain.losses import Loss, losses
 from drafttrain.losses.ce import CrossEntropy
-from drafttrain.pipeline.data import contaminated_prompts, own_batches, say_how_full, training_data
+from drafttrain.pipeline.cache_process import CacheProcess
+from drafttrain.pipeline.data import contaminated_prompts, encoded_data, own_batches, say_how_full, training_data
 from drafttrain.pipeline.evaluating import evaluate_folders
 from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.validation import Validation
@@ -44,6 +46,8 @@ class DrafterRun(Run):
 
     def prepare(self) -> None:
         """Encode the sources and cache the target's outputs on them."""
+        if self.recipe.data.cache_while_training:
+            self.write_cache()
         training_data(self)
         if self.placement == "absent":
             # The training reads it, and may have no target that could be run.
@@ -59,6 +63,14 @@ class DrafterRun(Run):
         if self.has_target():
             _ = self.target, self.validation.target
             self.target.release()
+        if self._arriving.missing:
+            self._cache_process.start()
+        try:
+            self._distil(data)
+        finally:
+            self._cache_process.close()
+
+    def _distil(self, data: TrainingData) -> None:
         drafter, loss = self.start(data), self.loss()
         reads_target = loss.needs_target or drafter.needs() != TargetNeeds()
         self._trained(
@@ -217,6 +229,13 @@ class DrafterRun(Run):
 
     def cache_target(self, data: TrainingData) -> None:
         """Cache what drafter and loss read of the target on the training data, where the recipe asks for it."""
+        self._cache(data, self._arriving if self.recipe.data.cache_while_training else None)
+
+    def write_cache(self) -> None:
+        """Write the cache of a run that trains in another process meanwhile."""
+        self._cache(encoded_data(self), None)
+
+    def _cache(self, data: TrainingData, arriving: Arriving | None) -> None:
         recipe = self.recipe
         if recipe.data.cache == "none" or not self.has_target():
             return
@@ -230,7 +249,17 @@ class DrafterRun(Run):
             distribution=self.loss().needs_target,
             own_vocabulary=self.drafter.vocabulary is not None,
             needs=self.drafter.needs(),
+            arriving=arriving,
         )
+
+    @functools.cached_property
+    def _cache_process(self) -> CacheProcess:
+        return CacheProcess(self.folder.path)
+
+    @functools.cached_property
+    def _arriving(self) -> Arriving:
+        """The shards that the other process writes."""
+        return Arriving(lambda: self._cache_process.ended())
 
     def loss(self) -> Loss:
         """Return the loss of the recipe."""

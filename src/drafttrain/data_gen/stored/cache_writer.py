@@ -21,14 +21,18 @@ from drafttrain.core.files import write_json
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.groups import TOKENS_STORED, TOKENS_STORED_ON_CPU, groups
+from drafttrain.data_gen.stored.arriving import Arriving
 from drafttrain.data_gen.stored.row_layout import RowLayout, shared_beginnings
 from drafttrain.data_gen.stored.stored_states import Cost, as_array, split_rows, states_as
 from drafttrain.data_gen.stored.target_cache import RowCache, shard_files
-from drafttrain.data_gen.stored.wanted import Wanted
+from drafttrain.data_gen.stored.wanted import SUMS, Wanted
 from drafttrain.distributed.collectives import any_of, first_before_others, own_share, wait_for_all
 from drafttrain.distributed.world import is_first
 from drafttrain.target_model import Target
 from drafttrain.target_model.logits import head_logits
+
+MoreOfShard = Callable[[RowLayout, int, Mapping[str, Any], Target], Mapping[str, Any]]
+"""Returns further arrays of a shard, by its number, its arrays and the target that computed them."""
 
 
 class Texts(Protocol):
@@ -50,26 +54,28 @@ class Texts(Protocol):
 
 
 def build_cache(
-    folder: Path, store: Texts, records: Sequence[int], target: Target, *, wanted: Wanted, max_gb: float
+    folder: Path,
+    store: Texts,
+    records: Sequence[int],
+    target: Target,
+    *,
+    wanted: Wanted,
+    max_gb: float,
+    more: MoreOfShard | None = None,
+    arriving: Arriving | None = None,
 ) -> RowCache:
     """Write the wanted outputs of these records, shard by shard; shards of an earlier run are kept.
+
+    Args:
+        records: In the order in which training needs them first: shards are written in that order.
+        more: Further arrays of a shard.
+        arriving: Another process writes the shards: only incomplete ones are removed here.
 
     Raises:
         DataError: The cache would be larger than `max_gb`: nothing was written. Or the disk is full: whole shards stay.
     """
-    numbers = list(map(int, records))
-    sizes = {i: int(store.starts[i + 1] - store.starts[i]) for i in numbers}
-    shared = shared_beginnings({i: np.asarray(store[i].tokens, dtype=np.uint32) for i in numbers})
-    layout = RowLayout(sizes, shared)
+    layout, about = _planned(folder, store, records, target, wanted)
     _announce(layout, wanted, target, max_gb=max_gb)
-    about = {
-        "wanted": asdict(wanted),
-        "target_fingerprint": target.fingerprint,
-        "num_tokens": target.num_tokens,
-        "store": store.meta["about"],
-        "records": numbers,
-        "shared": {str(record): list(place) for record, place in shared.items()},
-    }
     with first_before_others("it checks the cache"):
         _check_plan(folder, about)
     files = shard_files(folder, layout)
@@ -80,26 +86,61 @@ def build_cache(
         for number, one in enumerate(files)
         if not one.has({name: ((layout.rows_of(number), *row.shape[1:]), row.dtype) for name, row in one_row.items()})
     ]
+    if arriving is not None:
+        with first_before_others("it removes incomplete shards of the cache"):
+            for number in missing if is_first() else ():
+                files[number].clear()
+        names = [*wanted.arrays, *(SUMS if more is not None else ())]
+        arriving.missing += sum(not one.holds(names) for one in files)
+        return RowCache(folder, target, wanted, layout=layout, arriving=arriving, with_sums=more is not None)
     own = own_share(missing)
     if any_of(bool(own)):
-        total = sum(sizes[record] for number in own for record in layout.shards[number])
+        total = sum(layout.sizes[record] for number in own for record in layout.shards[number])
         bar_of = progress("caching target outputs", total=total, unit="tokens")
         with target.for_own_share() as live, bar_of as bar:
             for number in own:
                 shard = layout.shards[number]
                 texts, skipped = [store[i].tokens for i in shard], [layout.skipped(i) for i in shard]
                 rows, cost = rows_of_texts(texts, live, wanted, skipped=skipped, read=bar.advance)
+                further = more(layout, number, rows, live) if more is not None else {}
                 files[number].clear()
-                files[number].write(rows, {"cost": asdict(cost)})
+                files[number].write({**rows, **further}, {"cost": asdict(cost)})
     wait_for_all("the cache is written")
     cost = Cost.of_shards(one.about() for one in files)
     with first_before_others("it completes the cache"):
         if is_first():
-            content = {"arrays": wanted.arrays, "sizes": list(sizes.values()), "cost": asdict(cost)}
+            content = {"arrays": wanted.arrays, "sizes": list(layout.sizes.values()), "cost": asdict(cost)}
             write_json(folder / "cache.json", about | content)
     if cost.worst:
         say(f"cache of the target's {wanted} in {wanted.dtype}: costs at most {cost}")
     return RowCache(folder, target, wanted)
+
+
+def _planned(
+    folder: Path, store: Texts, records: Sequence[int], target: Target, wanted: Wanted
+) -> tuple[RowLayout, dict[str, Any]]:
+    """Return where rows are stored, and what they depend on. A cache of the same records keeps its order."""
+    numbers = list(map(int, records))
+    sizes = {i: int(store.starts[i + 1] - store.starts[i]) for i in numbers}
+    shared = shared_beginnings({i: np.asarray(store[i].tokens, dtype=np.uint32) for i in numbers})
+    path = folder / "plan.json"
+    held = json.loads(path.read_text(encoding="utf-8"))["records"] if path.exists() else []
+    order = held if set(held) == set(numbers) else _by_need(numbers, RowLayout(sizes, shared))
+    about = {
+        "wanted": asdict(wanted),
+        "target_fingerprint": target.fingerprint,
+        "num_tokens": target.num_tokens,
+        "store": store.meta["about"],
+        "records": order,
+        "shared": {str(record): list(place) for record, place in shared.items()},
+    }
+    return RowLayout({record: sizes[record] for record in order}, shared), about
+
+
+def _by_need(records: Sequence[int], layout: RowLayout) -> list[int]:
+    """Return records so that what others share with them comes before those."""
+    owners = [piece.owner for record in records for piece in layout.pieces(record)]
+    return list(dict.fromkeys([*owners, *records]))
 
 
 def _announce(layout: RowLayout, wanted: Wanted, target: Target, *, max_gb: float) -> None:

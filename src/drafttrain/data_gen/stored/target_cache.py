@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from drafttrain.core.batches import DraftBatch
+from drafttrain.data_gen.stored.arriving import Arriving
 from drafttrain.data_gen.stored.row_layout import RowLayout
 from drafttrain.data_gen.stored.shard_files import ShardFiles
 from drafttrain.data_gen.stored.stored_states import as_tensor
@@ -21,34 +23,55 @@ from drafttrain.data_gen.stored.wanted import SUMS, Wanted, with_arrays
 from drafttrain.target_model import Target
 
 
+@dataclass(frozen=True)
+class _Shard:
+    """What a reader has opened of a shard."""
+
+    arrays: Mapping[str, Any]
+    """Memory-mapped."""
+    checks: Mapping[str, Sequence[int]]
+    """Checksums of the records."""
+
+
 class RowCache:
     """Cached target outputs of one store: one row a token, with the states there and the distribution of the next token.
 
     `states` stores final states, from which the target's own head computes the distribution; `full` stores logits; `top_k` stores the
     largest log-probabilities and spreads the rest of the probability evenly over the other tokens.
+
+    Args:
+        layout: Where the rows are; None: as cache.json says.
+        arriving: Another process is still writing shards: reading waits for them.
+        with_sums: It writes the sums over the vocabulary too.
     """
 
-    def __init__(self, folder: Path, target: Target, wanted: Wanted) -> None:
-        about = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
+    def __init__(
+        self,
+        folder: Path,
+        target: Target,
+        wanted: Wanted,
+        *,
+        layout: RowLayout | None = None,
+        arriving: Arriving | None = None,
+        with_sums: bool = False,
+    ) -> None:
         self.wanted = wanted
-        self.layout = RowLayout(
-            dict(zip(about["records"], about["sizes"], strict=True)),
-            {int(record): (other, count) for record, (other, count) in about["shared"].items()},
-        )
+        self.layout = layout or _stored_layout(folder)
         self.files = shard_files(folder, self.layout)
         self._model = target.model
-        self._num_tokens: int = about["num_tokens"]
-        self._checks = [files.checks() for files in self.files]
-        with_sums = "final" in about["arrays"] and all(files.holds(SUMS) for files in self.files)
+        self._num_tokens = target.num_tokens
+        self._arriving = arriving
+        if arriving is None:
+            with_sums = "final" in wanted.arrays and all(files.holds(SUMS) for files in self.files)
         self._sums = SUMS if with_sums else ()
-        self._shards = [{name: files.open(name) for name in (*about["arrays"], *self._sums)} for files in self.files]
+        self._shards: dict[int, _Shard] = {}
         self._checked: set[tuple[str, int]] = set()
 
     def shard(self, name: str, number: int) -> Tensor:
         """Return an array of a shard."""
         for record in self.layout.shards[number]:
             self._checked_rows(name, record)
-        return as_tensor(np.array(self._shards[number][name]), self.wanted.dtype)
+        return as_tensor(np.array(self._opened(number).arrays[name]), self.wanted.dtype)
 
     @property
     def batch_arrays(self) -> list[str]:
@@ -84,20 +107,37 @@ class RowCache:
     def _checked_rows(self, name: str, record: int) -> Any:
         """Return the rows that are stored with a record. Those that are read for the first time are compared with their checksum."""
         number, begin = self.layout.place(record)
-        array = self._shards[number][name]
+        shard = self._opened(number)
+        array = shard.arrays[name]
         if (name, record) not in self._checked:
             place = self.layout.shards[number].index(record)
-            self.files[number].check(name, array, place, self._checks[number][name][place])
+            self.files[number].check(name, array, place, shard.checks[name][place])
             self._checked.add((name, record))
         return array[begin : begin + self.layout.sizes[record] - self.layout.skipped(record)]
 
     def like(self, name: str) -> Any:
         """Return no row of an array."""
-        return self._shards[0][name][:0]
+        return self._opened(0).arrays[name][:0]
+
+    def _opened(self, number: int) -> _Shard:
+        if number not in self._shards:
+            files, names = self.files[number], [*self.wanted.arrays, *self._sums]
+            if self._arriving is not None:
+                self._arriving.wait(files, names)
+            self._shards[number] = _Shard({name: files.open(name) for name in names}, files.checks())
+        return self._shards[number]
 
     def with_arrays(self, batch: DraftBatch, arrays: Mapping[str, Tensor]) -> DraftBatch:
         """Return a batch with these arrays, laid out like it, as the target's outputs."""
         return with_arrays(batch, arrays, self.wanted, self._model, num_tokens=self._num_tokens)
+
+
+def _stored_layout(folder: Path) -> RowLayout:
+    about = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
+    return RowLayout(
+        dict(zip(about["records"], about["sizes"], strict=True)),
+        {int(record): (other, count) for record, (other, count) in about["shared"].items()},
+    )
 
 
 def shard_files(folder: Path, layout: RowLayout) -> list[ShardFiles]:

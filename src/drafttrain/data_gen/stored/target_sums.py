@@ -7,7 +7,7 @@ N = rows, P = rows with padding, D = hidden
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,11 @@ from drafttrain.core.console import progress
 from drafttrain.core.eight_bit import as_states
 from drafttrain.core.few_sizes import in_few_sizes
 from drafttrain.core.probability import likeliest, log_total
-from drafttrain.data_gen.stored.cache_writer import Texts
+from drafttrain.data_gen.stored.cache_writer import MoreOfShard, Texts
+from drafttrain.data_gen.stored.row_layout import RowLayout
+from drafttrain.data_gen.stored.stored_states import as_tensor
 from drafttrain.data_gen.stored.target_cache import RowCache
-from drafttrain.data_gen.stored.wanted import SUMS
+from drafttrain.data_gen.stored.wanted import SUMS, Wanted
 from drafttrain.distributed.collectives import own_share, wait_for_all
 from drafttrain.target_model import Target
 from drafttrain.target_model.logits import head_logits
@@ -37,7 +39,7 @@ def add_sums(cache: RowCache, store: Texts, target: Target) -> None:
     own = own_share(missing)
     if own:
         total = sum(cache.layout.rows_of(number) for number in own)
-        labels = _next_is_label(cache, store, own)
+        labels = _next_is_label(cache.layout, store, own)
         with progress("caching sums over the target's vocabulary", total=total, unit="tokens") as bar:
             for number in own:
                 cache.files[number].write(_sums(cache.shard("final", number), labels[number], target), {})
@@ -45,15 +47,27 @@ def add_sums(cache: RowCache, store: Texts, target: Target) -> None:
     wait_for_all("the sums over the target's vocabulary are written")
 
 
-def _next_is_label(cache: RowCache, store: Texts, shards: Iterable[int]) -> dict[int, Any]:
+def sums_of_shards(store: Texts, wanted: Wanted) -> MoreOfShard:
+    """Return the function that computes the sums of a shard while it is written."""
+    labels: dict[int, Any] = {}
+
+    def sums(layout: RowLayout, number: int, rows: Mapping[str, Any], target: Target) -> Mapping[str, Any]:
+        if not labels:
+            labels.update(_next_is_label(layout, store, range(len(layout.shards))))
+        return _sums(as_tensor(rows["final"], wanted.dtype), labels[number], target)
+
+    return sums
+
+
+def _next_is_label(layout: RowLayout, store: Texts, shards: Iterable[int]) -> dict[int, Any]:
     """Return for each shard whether the token after a row is a label of any record that has the row."""
-    found = {number: np.zeros(cache.layout.rows_of(number), dtype=bool) for number in shards}
-    for record in cache.layout.sizes:
+    found = {number: np.zeros(layout.rows_of(number), dtype=bool) for number in shards}
+    for record in layout.sizes:
         labels_T = np.append(np.asarray(store[record].loss_mask, dtype=bool)[1:], False)
-        for piece in cache.layout.pieces(record):
-            number, begin = cache.layout.place(piece.owner)
+        for piece in layout.pieces(record):
+            number, begin = layout.place(piece.owner)
             if number in found:
-                begin += piece.first - cache.layout.skipped(piece.owner)
+                begin += piece.first - layout.skipped(piece.owner)
                 found[number][begin : begin + piece.end - piece.first] |= labels_T[piece.first : piece.end]
     return found
 
