@@ -19,6 +19,7 @@ from drafttrain.drafters.decoding_layer import TurnTable
 from drafttrain.eval.length.fixed import FixedLength
 from drafttrain.eval.length.tree import TreeLength, TreeSettings
 from drafttrain.target_model.cached_lm import CachedLM
+from drafttrain.training.step_cost import Counted
 from tests.eval.decoding import decode, noisy, small_target
 
 ROUNDS = [([2, 2, 2], [1, 2, 0]), ([1, 3, 1], [1, 0, 1]), ([0, 4, 1], [0, 4, 1]), ([1, 1, 1], [1, 1, 1])]
@@ -107,7 +108,7 @@ def _counts(event: ForwardEvent) -> dict[str, Any]:
     return {name: value for name, value in vars(event).items() if name != "span"}
 
 
-@pytest.mark.parametrize("prompts", [[7], [5, 9, 0]])
+@pytest.mark.parametrize("prompts", [[7], [5, 9, 0], [40, 70, 0]])
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -214,3 +215,11 @@ def test_proposals_are_those_of_the_module(policy: Any, temperature: float, monk
             decode(target, proposer, prompts=prompts, new=24, temperature=temperature, policy=policy, stop_tokens=(3,))
         )
     assert [(one.tokens, one.rounds) for one in found[0]] == [(one.tokens, one.rounds) for one in found[1]]
+
+
+def test_the_mask_of_a_long_prompt_is_not_made() -> None:
+    """It would have a number and a boolean for each pair of tokens, more than everything else."""
+    size, drafter = 1500, DecodingLM(model(dtype=torch.float32, max_position_embeddings=2048), name="drafter")
+    with Counted() as counted:
+        drafter.begin(texts([size], 0))
+    assert counted.peak < 5 * size**2 / 2

@@ -117,12 +117,19 @@ def turned(states_BNHd: Tensor, turn: Turn) -> Tensor:
     return states_BNHd * cos_BN1d + states_BNHd.roll(states_BNHd.shape[-1] // 2, dims=-1) * sin_BN1d
 
 
-def attend(query_BHNd: Tensor, keys_BGCd: Tensor, values_BGCd: Tensor, allowed_BNC: Tensor | None) -> Tensor:
+def attend(
+    query_BHNd: Tensor, keys_BGCd: Tensor, values_BGCd: Tensor, allowed_BNC: Tensor | None, *, causal: bool = False
+) -> Tensor:
     """Return attended_BHNd.
 
     Args:
         allowed_BNC: The columns that each query may attend to, at least one; None: all of them.
+        causal: Instead, query i attends to columns 0..i, of as many columns as queries. Of a long prompt a mask would take more memory
+            than everything else.
     """
+    if causal:
+        shared = query_BHNd.shape[1] > keys_BGCd.shape[1]
+        return scaled_dot_product_attention(query_BHNd, keys_BGCd, values_BGCd, is_causal=True, enable_gqa=shared)
     allowed_B1NC = None if allowed_BNC is None else allowed_BNC[:, None]
     groups, queries = keys_BGCd.shape[1], query_BHNd.shape[2]
     shared = query_BHNd.shape[1] // groups

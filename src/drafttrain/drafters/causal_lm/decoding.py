@@ -187,7 +187,9 @@ class DecodingLM:
             ]
         padded = [[*nodes, *[0] * (width - len(nodes))] for nodes in tokens]
         tokens_BN, positions_BN, columns_BN = torch.tensor([padded, positions, columns]).to(self.device)
-        allowed_BNC = self._allowed(parents, width=width)
+        # Padding follows a text, so no token of it attends to padding.
+        prompts = not max(starts) and parents is None
+        allowed_BNC = None if prompts else self._allowed(parents, width=width)
         if allowed_BNC is not None:
             allowed_BNC = allowed_BNC.to(self.device)
         together = min(starts) == max(starts)
@@ -203,7 +205,7 @@ class DecodingLM:
         stream_BND = embedding(tokens_BN, self._embedding_VD)
         turn = self._turns.at(positions_BN, last=end - 1, like=stream_BND)
         for layer in self._layers:
-            stream_BND = layer(stream_BND, turn, store, allowed_BNC)
+            stream_BND = layer(stream_BND, turn, store, allowed_BNC, causal=prompts)
         return self._norm(stream_BND) if wanted else stream_BND
 
     def _allowed(self, parents: Sequence[Tree] | None, *, width: int) -> Tensor | None:
@@ -255,6 +257,8 @@ class _Layer:
         turn: Turn,
         store: Callable[[KeysAndValues, Tensor, Tensor], tuple[Tensor, Tensor]],
         allowed_BNC: Tensor | None,
+        *,
+        causal: bool,
     ) -> Tensor:
         """Return the residual stream after the layer.
 
@@ -263,7 +267,7 @@ class _Layer:
         """
         query, key, value = self._attention.project(self._first(stream_BND), turn)
         keys, values = store(self.columns, key, value)
-        stream_BND = stream_BND + self._attention.output(attend(query, keys, values, allowed_BNC))
+        stream_BND = stream_BND + self._attention.output(attend(query, keys, values, allowed_BNC, causal=causal))
         return stream_BND + self._mlp(self._second(stream_BND))
 
 
