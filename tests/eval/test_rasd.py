@@ -84,7 +84,7 @@ def drawn_siblings(q: list[Tensor], script: Script) -> Proposal:
 
 
 @pytest.mark.parametrize("draw", [drawn_chain, drawn_siblings])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_fused_proposal_has_the_targets_distribution(draw, seed):
     p, q = case(4, 2, seed)
     if draw is drawn_siblings:
@@ -213,8 +213,8 @@ def test_greedy_output_is_the_targets_own_and_the_caches_of_the_drafter_stay_rig
         drop(keep)
 
     proposer._model.propose, proposer.begin, proposer.drop = watched, begin_watched, drop_watched
-    found = decode(target, proposer, prompts=PROMPTS, policy=TREE, new=24, stop_tokens=())
-    assert [one.tokens for one in found] == [greedy(target, prompt, 24) for prompt in PROMPTS]
+    found = decode(target, proposer, prompts=PROMPTS, policy=TREE, new=16, stop_tokens=())
+    assert [one.tokens for one in found] == [greedy(target, prompt, 16) for prompt in PROMPTS]
     assert compared > 10
     assert any(part.num_accepted for one in found for part in one.rounds)
 

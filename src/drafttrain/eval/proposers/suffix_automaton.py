@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 NESTED = 8
-"""Shorter ends of the longest match whose latest place is stored too. More change nothing measurable (benchmarks/proposers.md)."""
+"""Nested matches whose latest place is stored, the longest first. More change nothing measurable (benchmarks/proposers.md)."""
 
 
 class SuffixAutomaton:
