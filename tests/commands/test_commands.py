@@ -372,16 +372,25 @@ def test_pretraining_comes_first_reads_plain_text_only_and_its_end_is_the_start(
 
 
 def test_eval_runs_where_lightning_and_deepspeed_are_not_installed(finished):
+    out = finished.parent / "compared"
     blocked = (
         "import sys\n"
         "for name in ('lightning', 'pytorch_lightning', 'deepspeed'): sys.modules[name] = None\n"
         "from drafttrain.cli import main\n"
         f"sys.argv = ['drafttrain', 'compare', {str(finished / 'drafter')!r}, {str(finished / 'start')!r},"
         f" 'eval.num_prompts=2', 'eval.max_new_tokens=4', 'eval.speed_prompts=0',"
-        f" 'eval.prompts={finished.parent / 'prompts.jsonl'}', '--out', {str(finished.parent / 'compared')!r}]\n"
+        f" '--prompts', {str(finished.parent / 'prompts.jsonl')!r}, '--out', {str(out)!r}, '--answers', {str(out)!r}]\n"
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "A - B" in done.stdout
+    written = [
+        "A-temperature-0.jsonl",
+        "B-temperature-0.jsonl",
+        "plain-temperature-0.jsonl",
+        "eval.json",
+        "report.html",
+    ]
+    assert all((out / name).is_file() for name in written)
     assert "block efficiency" in done.stdout
