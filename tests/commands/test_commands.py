@@ -374,18 +374,20 @@ def test_pretraining_comes_first_reads_plain_text_only_and_its_end_is_the_start(
 
 
 def test_compare_recipes_and_export_need_neither_lightning_nor_deepspeed(finished):
+    out = finished.parent / "compared"
     few = ["eval.num_prompts=2", "eval.max_new_tokens=4", "eval.speed_prompts=0"]
-    words = [
-        "compare",
-        finished / "drafter",
-        finished / "start",
-        *few,
-        f"eval.prompts={finished.parent / 'prompts.jsonl'}",
-        "--out",
-        finished.parent / "compared",
-    ]
+    asked = ["--prompts", finished.parent / "prompts.jsonl", "--out", out, "--answers", out]
+    words = ["compare", finished / "drafter", finished / "start", *few, *asked]
     command = [sys.executable, "-m", "tests.commands.without_trainer", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "A - B" in done.stdout
+    written = [
+        "A-temperature-0.jsonl",
+        "B-temperature-0.jsonl",
+        "plain-temperature-0.jsonl",
+        "eval.json",
+        "report.html",
+    ]
+    assert all((out / name).is_file() for name in written)
     assert "block efficiency" in done.stdout

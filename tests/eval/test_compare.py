@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from drafttrain.checkpoint import About, read_drafter, write_about
 from drafttrain.core.errors import CheckpointError, DataError
@@ -29,7 +30,7 @@ from drafttrain.eval.settings import EvalSettings
 from drafttrain.eval.slices import part_of, slices_of
 from drafttrain.eval.statistics import ratio_interval
 from drafttrain.eval.unfinished import Unfinished
-from drafttrain.pipeline.evaluating import evaluate_folders
+from drafttrain.pipeline.evaluating import check_lengths, evaluate_folders
 from drafttrain.target_model import Target
 from tests.conftest import random_llama
 from tests.data_gen.chats import CHATML, chat_tokenizer
@@ -125,14 +126,19 @@ def test_stored_outputs_give_the_same_second_turns(target, file, folders, tmp_pa
     assert found[0] == found[1], "also the times: nothing was decoded again"
 
 
-def test_a_conversation_that_is_too_long_or_no_text_is_refused(target, file, folders, tmp_path):
-    settings = replace(SETTINGS, prompts=str(file), max_new_tokens=240)
+def test_a_conversation_that_is_too_long_or_no_text_is_refused(file, tmp_path):
+    tokenizer = chat_tokenizer(CHATML)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=8, n_layer=1, n_head=1)
+    target = Target(GPT2LMHeadModel(config), tokenizer, name="T", fingerprint="")
+    prompts = read_prompts(str(file), tokenizer, prompt_tokens=None)
+    settings = replace(SETTINGS, max_new_tokens=20)
     with pytest.raises(CheckpointError, match="longest prompt"):
-        # One turn would fit in 512 positions: 240 + 30.
-        evaluate_folders(folders, target, settings, dropped=())
+        check_lengths(target, prompts, settings)
+    # The control: without their second turns they fit.
+    check_lengths(target, [replace(one, questions=()) for one in prompts], settings)
     (tmp_path / "odd.jsonl").write_text(json.dumps({"turns": ["a", 3]}) + "\n")
     with pytest.raises(DataError, match=r"line 1: turns\.1"):
-        read_prompts(str(tmp_path / "odd.jsonl"), target.tokenizer, prompt_tokens=None)
+        read_prompts(str(tmp_path / "odd.jsonl"), tokenizer, prompt_tokens=None)
 
 
 # ---------------------------------------------------------------- figures

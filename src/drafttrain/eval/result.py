@@ -18,6 +18,7 @@ from drafttrain.core.files import write_json
 from drafttrain.core.foreign import read_json
 from drafttrain.eval.interval import Interval
 from drafttrain.eval.metrics import PromptCounts
+from drafttrain.eval.older_results import completed
 from drafttrain.eval.parity import Parity
 from drafttrain.eval.quality import Agreement, TaskScore
 from drafttrain.eval.typed_json import from_json, to_json
@@ -25,8 +26,6 @@ from drafttrain.heads.token_head import MadeFor
 
 FORMAT = 5
 """Version of eval.json."""
-WITH_INTERVALS_OF_DOMAINS = 4
-"""The first version that stored them."""
 LOSSY = "lossy"
 
 
@@ -328,7 +327,7 @@ def read_result(path: Path) -> Result:
     """
     content = read_json(path)
     try:
-        return from_json(Result, _completed(content))
+        return from_json(Result, completed({"format": FORMAT} | content))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(f"{path}: not an evaluation ({why}). Run drafttrain eval again.") from error
@@ -339,34 +338,3 @@ def current_result(path: Path) -> Result | None:
     if not path.exists() or read_json(path).get("format") != FORMAT:
         return None
     return read_result(path)
-
-
-def _completed(content: dict[str, Any]) -> dict[str, Any]:
-    """Add what evaluations of earlier versions did not store.
-
-    They had one length and one rule, and domains without intervals. Baselines whose texts were not compared are left out.
-    """
-    content.get("target", {}).setdefault("dtype", "")
-    for part in content["temperatures"]:
-        if "transformers_generate_equal" not in part["plain"].get("same_prompts", {}):
-            part["plain"].pop("same_prompts", None)
-        for figures in part["drafters"].values():
-            figures.setdefault("length", content["settings"]["length"])
-            figures.setdefault("exactness", content["exactness"])
-            if content.get("format", FORMAT) < WITH_INTERVALS_OF_DOMAINS:
-                _complete_older(figures)
-            if "domains" in figures:
-                domains = figures.pop("domains")
-                figures["slices"] = {"domain": domains} if domains else {}
-    return content
-
-
-def _complete_older(figures: dict[str, Any]) -> None:
-    """Add intervals of domains, and which differences of greedy outputs are near ties."""
-    unknown = {"low": None, "high": None, "num_prompts": 0}
-    figures["domains"] = {name: {"value": value, **unknown} for name, value in figures["domains"].items()}
-    if (parity := figures.get("parity")) is not None:
-        near = sum(one["near_tie"] for one in parity["divergences"])
-        parity |= {"num_near_ties": near, "num_unexplained": len(parity["divergences"]) - near}
-        for one in parity["divergences"]:
-            one["rounding"] = None

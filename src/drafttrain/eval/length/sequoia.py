@@ -152,9 +152,9 @@ class RoundCost:
         target = [event for event in rounds if event.model == "target"]
         if not target or not levels:
             return None
-        sequences = sum(event.num_sequences for event in target) / len(target)
+        sequences = sum(event.shape.num_sequences for event in target) / len(target)
         drafting = sum(event.seconds for event in rounds if event.model != "target")
-        sizes, seconds = [event.num_tokens for event in target], [event.seconds for event in target]
+        sizes, seconds = [event.shape.num_tokens for event in target], [event.seconds for event in target]
         mean_size, mean = sum(sizes) / len(sizes), sum(seconds) / len(seconds)
         spread = sum((size - mean_size) ** 2 for size in sizes)
         together = sum((size - mean_size) * (one - mean) for size, one in zip(sizes, seconds, strict=True))

@@ -86,7 +86,7 @@ class TextDraft(Protocol):
 class TextProposer:
     """Base class of proposers that draft each text on its own: `start` returns the drafter of one text."""
 
-    needs: ClassVar[TargetNeeds] = TargetNeeds()
+    needs = TargetNeeds()
 
     @classmethod
     def create(cls, settings: Any, surroundings: Surroundings) -> Proposer:
