@@ -127,12 +127,11 @@ def attend(
         causal: Instead, query i attends to columns 0..i, of as many columns as queries. Of a long prompt a mask would take more memory
             than everything else.
     """
-    if causal:
-        shared = query_BHNd.shape[1] > keys_BGCd.shape[1]
-        return scaled_dot_product_attention(query_BHNd, keys_BGCd, values_BGCd, is_causal=True, enable_gqa=shared)
-    allowed_B1NC = None if allowed_BNC is None else allowed_BNC[:, None]
     groups, queries = keys_BGCd.shape[1], query_BHNd.shape[2]
     shared = query_BHNd.shape[1] // groups
+    if causal:
+        return scaled_dot_product_attention(query_BHNd, keys_BGCd, values_BGCd, is_causal=True, enable_gqa=shared > 1)
+    allowed_B1NC = None if allowed_BNC is None else allowed_BNC[:, None]
     if shared == 1 or queries > FEW_QUERIES:
         return scaled_dot_product_attention(
             query_BHNd, keys_BGCd, values_BGCd, attn_mask=allowed_B1NC, enable_gqa=shared > 1
