@@ -19,6 +19,7 @@ from drafttrain.core.texts import Prompt, Record, Sampling
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters.dspark.proposer import DSparkProposer
 from drafttrain.eval.ledger import Ledger
+from drafttrain.eval.length.dyspec import DySpec, DySpecSettings
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.length.predicted_acceptance import PredictedAcceptance, PredictedAcceptanceSettings
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
@@ -182,6 +183,33 @@ def test_the_children_of_a_node_depend_on_its_token(target, head):
     for step in second:
         wanted_V = all_logits(target, drafter, [*tokens, step.token, 0, 0, 0])[3, 1]
         torch.testing.assert_close(step.logits_V, wanted_V, rtol=0, atol=1e-10)
+
+
+def test_rows_of_q_of_a_heap_are_those_of_each_path_though_its_frontiers_have_several_depths(target):
+    drafter, policy = trained_briefly(target, "rnn"), DySpec(DySpecSettings(40, depth=4, width=3))
+    proposer, tokens = drafter.proposer(target), [3, 4, 5, 6]
+    context = Context("a", tokens, 4)
+    seen = target.read(torch.tensor([[3, 4, 5]]), torch.arange(3)[None], drafter.needs())
+    proposer.begin([context], [seen])
+
+    def drafted(seed: int) -> tuple[Proposal, list[int]]:
+        depths: list[int] = []
+        (made,) = proposer.propose(
+            [policy.budget(context)],
+            Sampling(1.0),
+            [torch.Generator().manual_seed(seed)],
+            lambda step: depths.append(step.depth) or True,
+        )
+        return made, depths
+
+    made = next(made for made, depths in map(drafted, range(50)) if depths != sorted(depths))
+    paths: list[list[int]] = [[]]
+    for node, parent in list(enumerate(made.parents_N.tolist()))[1:]:
+        paths.append([*paths[parent], int(made.tokens_N[node])])
+    for path, row in zip(paths, made.q_row_N.tolist(), strict=True):
+        if row >= 0:
+            wanted_V = all_logits(target, drafter, [*tokens, *path, 0, 0, 0, 0])[3, len(path)].softmax(-1)
+            torch.testing.assert_close(made.q_rows_RV[row], wanted_V, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 3])
