@@ -8,7 +8,6 @@ import sys
 from drafttrain.cli import (
     chat,
     check_server,
-    compare,
     data,
     engines,
     evaluate,
@@ -25,7 +24,7 @@ from drafttrain.cli.app import app
 
 __all__ = ["app", "main"]
 
-for group in (stages, sweep, plan, evaluate, compare, chat, formats, check_server, record):
+for group in (stages, sweep, plan, evaluate, chat, formats, check_server, record):
     group.add_to(app)
 app.add_typer(data.app, name="data")
 app.add_typer(online.app, name="online")
