@@ -9,7 +9,6 @@ from drafttrain.cli import (
     advise,
     chat,
     check_server,
-    compare,
     data,
     engines,
     evaluate,
@@ -26,7 +25,7 @@ from drafttrain.cli.app import app
 
 __all__ = ["app", "main"]
 
-for group in (stages, sweep, plan, evaluate, compare, advise, chat, formats, check_server, record):
+for group in (stages, sweep, plan, evaluate, advise, chat, formats, check_server, record):
     group.add_to(app)
 app.add_typer(data.app, name="data")
 app.add_typer(online.app, name="online")

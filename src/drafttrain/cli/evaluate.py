@@ -1,6 +1,7 @@
-"""`eval`: an exported drafter on its target."""
+"""`eval` and `compare`: exported drafters on their target."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from drafttrain.cli.app import (
     Debug,
     Runs,
     Smoke,
+    Target,
     exit_codes,
     names_and_overrides,
     only_first_process,
@@ -18,10 +20,13 @@ from drafttrain.cli.app import (
 from drafttrain.config.bundled import is_recipe
 from drafttrain.core.errors import RecipeError
 
+COMPARED = RUNS / "compare"
+
 
 def add_to(app: typer.Typer) -> None:
-    """Add the command of this file."""
+    """Add the commands of this file."""
     app.command(name="eval")(evaluate)
+    app.command()(compare)
 
 
 def evaluate(
@@ -60,14 +65,59 @@ def evaluate(
     with exit_codes(debug=debug):
         only_first_process()
         named, overrides = names_and_overrides(what)
-        from drafttrain.commands.evaluate import evaluate_drafter, evaluate_recipe
-
         if len(named) == 1 and target is None and out is None and is_recipe(named[0]):
             loaded, run_folder = recipe_and_run_folder(named[0], overrides, smoke=smoke, runs=runs)
-            evaluate_recipe(loaded, run_folder)
+            _commands().evaluate_recipe(loaded, run_folder)
             return
         _check_drafter(named, smoke=smoke)
-        evaluate_drafter(named[0], target, overrides, out=out)
+        _commands().evaluate_drafter(named[0], target, overrides, out=out)
+
+
+def compare(
+    drafters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="DRAFTER... [SECTION.KEY=VALUE]...",
+            help="Folders, hub ids or builtin:drafter, named A, B, C ... Overrides: eval.key=value, target.key=value. "
+            "'eval.beside=[{kind: ngram}]' adds proposers that need no training.",
+            show_default=False,
+        ),
+    ] = None,
+    target: Target = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Prompts: question.jsonl of Spec-Bench or MT-bench, HumanEval, GSM8K, your own (docs/data.md). "
+            "Default: eval.prompts.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of eval.json and report.html.")] = COMPARED,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            "--answers",
+            metavar="DIR",
+            help="Also write every output as an answer file of Spec-Bench, which its speed.py reads.",
+            show_default=False,
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Compare drafters on the same prompts: one table, every pair with p-values, slices; eval.json and report.html."""
+    with exit_codes(debug=debug):
+        only_first_process()
+        named, overrides = names_and_overrides(drafters)
+        _commands().compare_drafters(named, target, overrides, prompts=prompts, out=out, answers=answers)
+
+
+def _commands() -> ModuleType:
+    # At the head of the file this would load torch for `drafttrain --help`.
+    from drafttrain.commands import evaluate
+
+    return evaluate
 
 
 def _check_drafter(named: list[str], *, smoke: bool) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-WITH_INTERVALS_OF_DOMAINS = 4
-"""The first version that stored them."""
+WITH_NEAR_TIES = 4
+"""The first version that counted them."""
 
 
 def completed(content: dict[str, Any]) -> dict[str, Any]:
@@ -20,20 +20,23 @@ def completed(content: dict[str, Any]) -> dict[str, Any]:
         for figures in part["drafters"].values():
             figures.setdefault("length", content["settings"]["length"])
             figures.setdefault("exactness", content["exactness"])
-            if content["format"] < WITH_INTERVALS_OF_DOMAINS:
-                _complete_older(figures)
             if "domains" in figures:
-                domains = figures.pop("domains")
-                figures["slices"] = {"domain": domains} if domains else {}
+                figures["slices"] = _slices(figures.pop("domains"))
+            if content["format"] < WITH_NEAR_TIES and (parity := figures.get("parity")) is not None:
+                _complete_parity(parity)
     return content
 
 
-def _complete_older(figures: dict[str, Any]) -> None:
-    """Add intervals of domains, and which differences of greedy outputs are near ties."""
+def _slices(domains: dict[str, Any]) -> dict[str, Any]:
+    """Return the one axis that there was; its first version had no intervals."""
     unknown = {"low": None, "high": None, "num_prompts": 0}
-    figures["domains"] = {name: {"value": value, **unknown} for name, value in figures["domains"].items()}
-    if (parity := figures.get("parity")) is not None:
-        near = sum(one["near_tie"] for one in parity["divergences"])
-        parity |= {"num_near_ties": near, "num_unexplained": len(parity["divergences"]) - near}
-        for one in parity["divergences"]:
-            one["rounding"] = None
+    found = {name: one if isinstance(one, dict) else {"value": one, **unknown} for name, one in domains.items()}
+    return {"domain": found} if found else {}
+
+
+def _complete_parity(parity: dict[str, Any]) -> None:
+    """Add which differences of greedy outputs are near ties."""
+    near = sum(one["near_tie"] for one in parity["divergences"])
+    parity |= {"num_near_ties": near, "num_unexplained": len(parity["divergences"]) - near}
+    for one in parity["divergences"]:
+        one["rounding"] = None
