@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class TextDraft(Protocol):
 class TextProposer:
     """Base class of proposers that draft each text on its own: `start` returns the drafter of one text."""
 
-    needs: ClassVar[TargetNeeds] = TargetNeeds()
+    needs = TargetNeeds()
 
     @classmethod
     def create(cls, settings: Any, surroundings: Surroundings) -> Proposer:

@@ -38,7 +38,7 @@ class TokenRecyclingSettings:
 def best_paths(count: int, width: int) -> list[tuple[int, ...]]:
     """Return the ranks along each path of the tree with this many nodes, best first. A parent comes before its children."""
     scores = [math.log(FIRST_RANK) - DECAY * math.log(rank + 1) for rank in range(width)]
-    waiting = [(-score, (rank,)) for rank, score in enumerate(scores)]
+    waiting: list[tuple[float, tuple[int, ...]]] = [(-score, (rank,)) for rank, score in enumerate(scores)]
     heapq.heapify(waiting)
     found: list[tuple[int, ...]] = []
     while len(found) < count:
