@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def _plots_of_result(result: Result) -> list[Plot]:
     part = result.greedy_or_first
     for axis in slice_axes(part):
         caption = f"Tokens per target call, temperature {part.temperature:g}, with 95 % intervals over prompts."
-        drawing = picture(lambda axes, axis=axis: _slices(axes, part, axis), columns=1)
+        drawing = picture(partial(_slices, part=part, axis=axis), columns=1)
         plots.append((f"Accepted length by {axis}", caption, drawing))
     if part.comparisons:
         caption = (
