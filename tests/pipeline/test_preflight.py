@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from drafttrain.cli import app
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DataError, RecipeError
-from drafttrain.pipeline.data import _prepared as training_texts
+from drafttrain.pipeline.data import encoded_data
 from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.pipeline.preflight import check_drafters, check_parts
 from drafttrain.target_model import TargetSettings
@@ -82,13 +82,13 @@ def test_a_special_token_behind_the_rows_is_a_note(place: Path, capsys: pytest.C
     check_parts(load_recipe("r.yaml"))
     assert "has 257 embedding rows and none for <pad>" in capsys.readouterr().err
     run = DrafterRun(load_recipe("r.yaml"), place / "runs" / "tiny")
-    assert len(training_texts(run).stores[0]) == 1
+    assert len(encoded_data(run).stores[0]) == 1
     (place / "data.jsonl").write_text('{"text": "good"}\n{"text": "a <pad> b"}\n')
     run = DrafterRun(load_recipe("r.yaml"), place / "runs" / "tiny")
     with pytest.raises(
         DataError, match=r"has 257 embedding rows, and none for: source jsonl: .* holds <pad> \(id 257\)"
     ):
-        training_texts(run)
+        encoded_data(run)
 
 
 @pytest.mark.parametrize(
