@@ -131,7 +131,7 @@ def test_twelve_of_twelve_solved_is_not_a_certain_share_of_1():
     assert same.low == -same.high < -0.1
     assert share_difference([1] * 12, [0] * 12).low > 0.3
     outputs = [Generation(str(i), "", [1], [2, 3, 4], [], 0, 0, 0, 0) for i in range(12)]
-    found = agreement(outputs, outputs)
+    found = agreement(outputs, outputs, [one.id for one in outputs])
     assert found.equal_outputs.low < 0.8
     assert found.tokens_before_difference.low < 0.8
     assert task_score([1.0] * 12, [1.0] * 12).less_the_targets.high > 0.1

@@ -16,6 +16,7 @@ from drafttrain.core.errors import RecipeError
 from drafttrain.pipeline.cache_process import CacheProcess
 from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.training.result import folder_of_step
+from tests.marks import slow
 from tests.pipeline.test_engine_states import STEPS, written_recipe
 
 MEANWHILE = "data.cache_while_training=true"
@@ -39,8 +40,8 @@ def trained(recipe: Path, folder: Path, *overrides: str) -> tuple[list[dict[str,
     return losses, load_file(folder_of_step(folder, STEPS) / "model.safetensors")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("vocabulary", ["null", "40"])
+@pytest.mark.processes
+@pytest.mark.parametrize("vocabulary", [slow("null"), "40"])
 def test_the_drafter_is_that_of_the_finished_cache(recipe: Path, tmp_path: Path, vocabulary: str) -> None:
     override = f"drafter.draft_vocab_size={vocabulary}"
     wanted, weights = trained(recipe, tmp_path / "whole", override)
@@ -86,6 +87,7 @@ def test_a_writer_that_fails_is_named_and_one_that_works_ends_when_it_is_closed(
     [
         (["data.cache=none"], "data.cache_while_training: nothing is cached"),
         (["train.target_placement=sharded"], "data.cache_while_training: a sharded target computes in the processes"),
+        (["train.devices=2"], "data.cache_while_training: 2 processes would wait for one writer"),
     ],
 )
 def test_recipes_that_cannot_do_it_are_refused(recipe: Path, overrides: list[str], expected: str) -> None:

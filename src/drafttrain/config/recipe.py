@@ -270,6 +270,8 @@ class Recipe:
             yield f"{key}: a head is trained on labelled draft tokens: set false"
         if self.train.target_placement == "sharded":
             yield f"{key}: a sharded target computes in the processes that train: set false, or another train.target_placement"
+        if self.train.devices not in (None, 1):
+            yield f"{key}: {self.train.devices} processes would wait for one writer in the middle of a step: set false, or train.devices: 1"
 
     def _on_policy(self) -> Iterator[str]:
         """Yield what cannot be trained on answers of the drafter in training."""

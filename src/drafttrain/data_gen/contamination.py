@@ -11,6 +11,9 @@ import numpy as np
 
 from drafttrain.core.files import write_json
 
+FORMAT = 2
+"""Of the file of contaminated prompts. 1 named prompts without an `id` by their line, also those that have a `question_id`."""
+
 _PRIME = np.uint64(0x100000001B3)
 
 
@@ -47,7 +50,12 @@ def contaminated(
 
 def write_contamination(path: Path, found: Sequence[Key], *, num_prompts: int, ngram: int) -> None:
     """Write the keys of the contaminated prompts, (file of prompts, id) each."""
-    write_json(path, {"ngram": ngram, "prompts": num_prompts, "dropped": found})
+    write_json(path, {"format": FORMAT, "ngram": ngram, "prompts": num_prompts, "dropped": found})
+
+
+def is_current(path: Path) -> bool:
+    """Return whether the keys were written to `path`, with the ids that prompts have in this version."""
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("format") == FORMAT
 
 
 def read_contamination(path: Path, *, prompts: str) -> list[str]:

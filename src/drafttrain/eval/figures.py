@@ -98,7 +98,7 @@ def drafter_figures(
         alpha_bound=bound,
         proposer=component_mapping(source.settings) if isinstance(source, TrainingFree) else None,
         task=None if settings.checker is None else _task_score(arm, plain, settings),
-        agreement=agreement(plain.generations, arm.generations) if greedy and lossy else None,
+        agreement=agreement(plain.generations, arm.generations, arm.units) if greedy and lossy else None,
         parity=parity(plain.generations, arm.generations, arm.target) if greedy and not lossy else None,
         round=_round_times(arm),
         two_devices=_two_devices(arm, plain) if settings.schedule == PIPELINED else None,

@@ -10,7 +10,7 @@ from drafttrain.core.generations import Generation
 from drafttrain.core.texts import Prompt
 from drafttrain.data_gen.checkers import Checker
 from drafttrain.eval.interval import Interval
-from drafttrain.eval.statistics import share_difference, share_interval
+from drafttrain.eval.statistics import share_difference, share_interval, summed_by
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,17 @@ class TaskScore:
     """The share, less that of the target's own outputs, paired over prompts."""
 
 
-def agreement(own: Sequence[Generation], found: Sequence[Generation]) -> Agreement:
-    """Compare outputs with the target's own."""
+def agreement(own: Sequence[Generation], found: Sequence[Generation], units: Sequence[str]) -> Agreement:
+    """Compare outputs with the target's own.
+
+    Args:
+        units: By output, what the intervals are over: a conversation has several outputs.
+    """
     same = [float(list(a.tokens) == list(b.tokens)) for a, b in zip(own, found, strict=True)]
     before = [_common(a.tokens, b.tokens) for a, b in zip(own, found, strict=True)]
     lengths = [max(len(a.tokens), len(b.tokens)) for a, b in zip(own, found, strict=True)]
-    return Agreement(share_interval(same, [1] * len(same)), share_interval(before, lengths))
+    outputs, same, before, lengths = summed_by(units, [1] * len(same), same, before, lengths)
+    return Agreement(share_interval(same, outputs), share_interval(before, lengths))
 
 
 def solved(

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from drafttrain.core.console import say
-from drafttrain.distributed.world import is_first, without_launcher
+from drafttrain.core.errors import DataError
+from drafttrain.distributed.world import without_launcher, world
 
 WRITER = "drafttrain.commands.write_cache"
 
@@ -22,9 +23,16 @@ class CacheProcess:
         self._why: str | None = None
 
     def start(self) -> None:
-        """Start it; of several processes that train together, the first one does."""
-        if not is_first():
-            return
+        """Start it.
+
+        Raises:
+            DataError: Several processes train. One that waits for a shard would keep the others in a collective, and only the process
+                that started the writer can see that it failed.
+        """
+        if world().size > 1:
+            raise DataError(
+                "data.cache_while_training: several processes train: write the cache first (set it to false)"
+            )
         say("another process writes the cached target outputs; training begins with the first shards")
         # A plugin that this process can import, the new one can import too.
         environment = without_launcher(os.environ) | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -34,6 +42,8 @@ class CacheProcess:
             stdout=subprocess.PIPE,
             env=environment,
             text=True,
+            # An interrupt of the terminal is for the training, which writes a checkpoint first. The closed input ends the writer.
+            start_new_session=True,
         )
 
     def ended(self) -> str | None:

@@ -14,7 +14,7 @@ from drafttrain.core.console import say
 from drafttrain.core.digests import files_digest
 from drafttrain.core.errors import DataError, RecipeError
 from drafttrain.data_gen.backends.vllm import environment_on
-from drafttrain.data_gen.contamination import read_contamination
+from drafttrain.data_gen.contamination import is_current, read_contamination
 from drafttrain.data_gen.training_data import TrainingData, generate_texts, note_contamination, prepare
 from drafttrain.distributed.collectives import first_before_others
 from drafttrain.distributed.world import world
@@ -72,7 +72,7 @@ def training_data(run: Run) -> TrainingData:
         data = encoded_data(run)
     run.cache_target(data)
     with first_before_others("it checks the evaluation prompts for contamination"):
-        if not run.folder.contamination.exists():
+        if not is_current(run.folder.contamination):
             _note_contamination(run, data)
     return data
 
@@ -124,7 +124,7 @@ def _note_contamination(run: Run, data: TrainingData) -> None:
 def contaminated_prompts(run: Run, prompts: Prompts) -> list[str]:
     """Return the ids of those prompts that the training text contains; prompts that are new to the run are compared now."""
     path = run.folder.contamination
-    if not path.exists() and run.folder.data.exists():
+    if not is_current(path) and run.folder.data.exists():
         _note_contamination(run, encoded_data(run))
     return read_contamination(path, prompts=name_of(prompts))
 

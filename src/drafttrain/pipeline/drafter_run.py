@@ -199,7 +199,8 @@ class DrafterRun(Run):
         if newest is None:
             raise DrafttrainError(f"{folder.path}: no readable checkpoint. Run drafttrain fit first")
         reached, trained = weights_of_checkpoint(newest)
-        drafter = self.start(training_data(self))
+        # Without the cache, which another process may be writing.
+        drafter = self.start(encoded_data(self))
         missing = {name for name, p in drafter.named_parameters() if p.requires_grad} - trained.keys()
         if missing:
             raise CheckpointError(f"{newest}: lacks weights of this recipe's drafter: {', '.join(sorted(missing)[:5])}")
@@ -233,7 +234,9 @@ class DrafterRun(Run):
 
     def write_cache(self) -> None:
         """Write the cache of a run that trains in another process meanwhile."""
-        self._cache(encoded_data(self), None)
+        with first_before_others("it encodes the sources"):
+            data = encoded_data(self)
+        self._cache(data, None)
 
     def _cache(self, data: TrainingData, arriving: Arriving | None) -> None:
         recipe = self.recipe

@@ -247,7 +247,7 @@ def _labelling(recipe: Recipe) -> Recipe:
 
 def _training_settings(recipe: Recipe, *, done: bool) -> Recipe:
     """Return the part of a recipe that the weights depend on; until the training is done, this includes eval and export."""
-    data = replace(recipe.data, states=BuiltinStates())
+    data = replace(recipe.data, states=BuiltinStates(), cache_while_training=False)
     recipe = replace(recipe, name="", data=data, train=recipe.train.without_layout())
     if done:
         return replace(recipe, eval=EvalSettings(), export=ExportSettings())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from drafttrain.core.console import progress
@@ -54,7 +55,8 @@ class Validation:
             dropped=contaminated_prompts(run, settings.validation_prompts),
             limit=run.recipe.train.eval_prompts,
         )
-        check_lengths(run.target, prompts, settings)
+        # Validation asks no later questions.
+        check_lengths(run.target, [replace(prompt, questions=()) for prompt in prompts], settings)
         tasks = [Task(prompt.id, list(prompt.tokens), self.sampling) for prompt in prompts]
         written = self._written(tasks)
         if settings.repetition_ngram:
