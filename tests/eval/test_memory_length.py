@@ -155,3 +155,12 @@ def test_decoding_within_a_limit_is_the_targets_own_text() -> None:
     (found,) = arm.engine.generate([prompt])
     assert found.tokens == greedy(target, prompt, 24)
     assert max(one.num_draft_tokens for one in found.rounds) > 0
+
+
+def test_it_is_calibrated_as_every_evaluation_calibrates_it() -> None:
+    target = target_of(257)
+    settings = EvalSettings(max_new_tokens=6)
+    length = MemoryLengthSettings(num_draft_tokens=4, depth=2)
+    arm = Arm.create("", language_model(target), target, Sampling(), settings, length=length, stop_tokens=())
+    arm.warm_up([Prompt("", [1, 2, 3])])
+    assert arm.engine.policy._level_cost > 0

@@ -17,7 +17,7 @@ import pytest
 import torch
 from scipy import stats
 
-from drafttrain.core.generations import ForwardEvent
+from drafttrain.core.generations import ForwardEvent, ForwardShape, Work
 from drafttrain.core.probability import draw_at
 from drafttrain.core.proposals import Budget, Context, DrawMode
 from drafttrain.core.tree_growth import Child, TreeGrowth, Uniform
@@ -242,7 +242,8 @@ def test_the_time_of_a_round_is_linear_in_levels_and_nodes():
             return self
 
     def event(model: str, num_tokens: int, seconds: float) -> ForwardEvent:
-        return ForwardEvent(model, num_tokens, 0, 2, 1, 0, Took(seconds))  # type: ignore[arg-type]
+        shape = ForwardShape(num_tokens, 0, 0, 2, 1, 0)
+        return ForwardEvent(model, shape, Work(), Took(seconds))  # type: ignore[arg-type]
 
     events = [event("drafter", 2, 0.5)] * 8 + [event("target", size, 3 + 0.25 * size) for size in (4, 8, 20)]
     cost = RoundCost.of(events, levels=8)

@@ -48,8 +48,9 @@ class Candidate:
     @property
     def draft(self) -> Budget:
         """The draft of a mean round."""
-        nodes = round(self.num_draft_tokens)
-        return Budget(nodes, min(nodes, self.length.get("depth", nodes)), self.length.get("width", 1))
+        nodes, branching = round(self.num_draft_tokens), self.length.get("branching") or []
+        depth = self.length.get("depth") or len(branching) or nodes
+        return Budget(nodes, min(nodes, depth), self.length.get("width") or max(branching, default=1))
 
 
 @dataclass(frozen=True)

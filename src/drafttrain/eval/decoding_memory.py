@@ -40,8 +40,6 @@ class DecodingMemory:
     """Of a number of the target."""
     sampled: bool
     """Draft tokens are drawn, so each has a row of q."""
-    reads_trees_again: bool = False
-    """The drafter reads its whole tree at each level: a language model does, drafters with a layer of their own read the new level."""
     columns_at_once: int = 64
     """Caches grow by an eighth, in multiples of this many columns."""
 
@@ -58,7 +56,6 @@ class DecodingMemory:
             vocab_size=target.vocab_size,
             element_bytes=target.model.dtype.itemsize,
             sampled=sampling.temperature > 0 and getattr(drafter, "draft", "") != "greedy",
-            reads_trees_again=drafter is not None and drafter.kind == "causal_lm",
         )
 
     @property
@@ -128,10 +125,7 @@ class DecodingMemory:
     def _levels(self, draft: Budget) -> int:
         """Return the rows of the drafter's logits that exist at once: those of the last call, and of the call before it."""
         widest = draft.width**2 if draft.depth > 1 else draft.width
-        if not self.reads_trees_again:
-            return 2 * draft.width + widest
-        read = [1] + [draft.width + level * draft.width**2 for level in range(max(0, draft.depth - 1))]
-        return sum(read[-2:])
+        return 2 * draft.width + widest
 
 
 def _with_nodes(draft: Budget, nodes: int) -> Budget:

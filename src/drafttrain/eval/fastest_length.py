@@ -11,10 +11,12 @@ from drafttrain.checkpoint import read_about
 from drafttrain.core.console import progress
 from drafttrain.core.provenance import processor
 from drafttrain.core.registry import component_mapping
+from drafttrain.core.roles import CostAware
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.arms import Arm
 from drafttrain.eval.length.fixed import FixedLengthSettings
+from drafttrain.eval.pipelined import SERIAL
 from drafttrain.eval.proposers.none import PLAIN
 from drafttrain.eval.result import DrafterFigures, Result, current_result
 from drafttrain.eval.settings import EvalSettings
@@ -68,7 +70,11 @@ def known_lengths(folder: Path, *, temperature: float) -> KnownLengths | None:
         None: there is no evaluation.
     """
     for path in (folder / "eval.json", folder.parent / "eval.json"):
-        if (result := current_result(path)) is not None and (arms := evaluated_lengths(result, temperature, folder)):
+        result = current_result(path)
+        # Rounds on two devices yield other tokens than rounds one after the other.
+        if result is None or result.settings.get("schedule", SERIAL) != SERIAL:
+            continue
+        if arms := evaluated_lengths(result, temperature, folder):
             evaluated = [(figures.length, figures.block_efficiency.value) for figures in arms]
             chains = {int(count): found.value for count, found in arms[0].replay.items() if int(count) in REPLAYED}
             replayed = [
@@ -127,8 +133,9 @@ def _round_seconds(arms: Sequence[Arm], prompt: Prompt) -> list[float]:
     """Return the time of a round of each arm; the arms take turns."""
     found: list[list[float]] = [[] for _ in arms]
     with progress("timing draft lengths", total=TURNS * len(arms), unit="outputs") as bar:
-        arms[0].warm_up([prompt])
-        arms[-1].warm_up([prompt])
+        for number, arm in enumerate(arms):
+            if number in (0, len(arms) - 1) or isinstance(arm.engine.policy, CostAware):
+                arm.warm_up([prompt])
         for _ in range(TURNS):
             for arm, times in zip(arms, found, strict=True):
                 (one,) = arm.engine.generate([prompt])
@@ -144,9 +151,11 @@ def evaluated_lengths(result: Result, temperature: float, folder: Path) -> list[
     """
     part = min(result.temperatures, key=lambda one: abs(one.temperature - temperature))
     about = read_about(folder)
+    # Drafters of several runs have the same name; a rejected one has another name now.
+    same = [name for name, one in result.drafters.items() if about is not None and one.about == about]
     named = [name for name, one in result.drafters.items() if one.folder == folder.name]
-    # A rejected drafter has another name now; a run's start is another drafter than the one that was judged.
-    own = next(iter([*named, *(name for name, one in result.drafters.items() if one.about == about)]), None)
+    only = list(result.drafters) if len(result.drafters) == 1 else []
+    own = next(iter([*(name for name in same if name in named), *same, *named, *only]), None)
     return [
         figures
         for name, figures in part.drafters.items()

@@ -11,6 +11,7 @@ from typing import Any
 from drafttrain.core.device_time import Span
 from drafttrain.core.generations import ForwardEvent, Round
 from drafttrain.core.proposals import Context
+from drafttrain.core.roles import CostAware
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.eval.arms import Arm, Source
 from drafttrain.eval.clock import TARGET, CalibratedClock, Host, fitted
@@ -32,6 +33,8 @@ LONG_TEXT = 192
 """Tokens of the longer text that calls are timed after."""
 
 NO_END = 1 << 20
+CALIBRATION_TOKENS = 48
+"""New tokens of the outputs on which a policy that measures is calibrated."""
 """Most new tokens of an output that is stopped after some rounds: each of them then has its full budget."""
 
 
@@ -72,6 +75,10 @@ def lone_rounds(
     sampling = Sampling(settings.temperatures[0], settings.top_p, settings.top_k)
     limits = replace(settings, max_new_tokens=NO_END)
     arm = Arm.create("lone", source, target, sampling, limits, length=length, stop_tokens=())
+    if isinstance(arm.engine.policy, CostAware):
+        arm.engine.max_new_tokens = CALIBRATION_TOKENS
+        arm.warm_up([prompt])
+        arm.engine.max_new_tokens = NO_END
     ends, rounds = [], []
 
     def on_round(context: Context, one: Round) -> None:

@@ -102,6 +102,12 @@ class EvalSettings:
             problems += [
                 f"schedule: pipelined drafts with a model of its own: leave out beside: {one}" for one in beside
             ]
+            if not isinstance(self.rule, LosslessSettings):
+                problems.append(f"schedule: pipelined needs rule: {{kind: lossless}}, got {self.rule.kind}")
+        if beside and any(length.kind == "batch_schedule" for _, length in self.lengths()):
+            problems.append(
+                "beside: batch_schedule divides draft tokens by the drafter's confidence, which no proposer there has: leave one out"
+            )
         if PLAIN.label in beside:
             problems.append(f"beside: {PLAIN.label} is plain decoding, which every evaluation has")
         return problems
@@ -134,7 +140,7 @@ class EvalSettings:
 
 def _drafts_alone(length: Any) -> bool:
     """Return whether a length policy drafts chains, and decides for each sequence alone."""
-    return length.kind != "batch_schedule" and getattr(length, "width", 1) == 1
+    return length.kind != "batch_schedule" and length.most_children == 1
 
 
 def length_label(length: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drafttrain.core.console import say_once
-from drafttrain.core.generations import Generation
+from drafttrain.core.generations import ForwardEvent, Generation
 from drafttrain.core.proposals import Budget, Context, DraftStep, Verdict
 from drafttrain.core.reduce import Rate
 from drafttrain.core.settings import setting
@@ -32,6 +32,11 @@ class MemoryLengthSettings(LengthSettings):
     def chain_length(self) -> int:
         """The levels of the tree."""
         return self.depth
+
+    @property
+    def most_children(self) -> int:
+        """The width."""
+        return self.width
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
@@ -62,7 +67,7 @@ class MemoryLength:
         """Store what decoding takes."""
         self._memory = memory
 
-    def calibrate(self, generations: Sequence[Generation]) -> None:
+    def calibrate(self, generations: Sequence[Generation], events: Sequence[ForwardEvent] = ()) -> None:
         """Take the costs of a level and of a target call from measured rounds."""
         rounds = [one for generation in generations for one in generation.rounds]
         levels = sum(one.max_depth for one in rounds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,7 +85,8 @@ class Sequoia(WholeBudget):
             for nodes in sorted({self.settings.nodes, min(self.settings.nodes, self.settings.width)})
         ]
         self._form: StaticForm | None = None
-        self._rounds = 0
+        self._turns: dict[str, int] = defaultdict(int)
+        """By text, its rounds so far."""
         if self.settings.acceptance is not None and self.settings.num_draft_tokens is not None:
             self._choose(self.settings.acceptance, cost=None)
 
@@ -95,12 +97,14 @@ class Sequoia(WholeBudget):
 
     def budget(self, context: Context) -> Budget:
         # Trees of two sizes, by turns, show what a node costs the target.
-        form = self._form or self._trials[self._rounds % len(self._trials)]
-        return form.budget()
+        if self._form is not None:
+            return self._form.budget()
+        turn = self._turns[context.id]
+        self._turns[context.id] += 1
+        return self._trials[turn % len(self._trials)].budget()
 
     def observe(self, verdict: Verdict) -> None:
         """Count which children were accepted."""
-        self._rounds += 1
         for rejected, accepted in verdict.tested:
             self.counts.add(rejected, accepted=accepted)
 

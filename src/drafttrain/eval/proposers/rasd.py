@@ -5,7 +5,7 @@ V = vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,7 +105,9 @@ class Rasd:
     Source: Quan et al. 2025, RASD: Retrieval-Augmented Speculative Decoding, Findings of ACL 2025.
     """
 
-    def __init__(self, model: Proposer, retrieval: Proposer, settings: RasdSettings, *, vocab_size: int) -> None:
+    def __init__(
+        self, model: Proposer, retrieval: Proposer, settings: RasdSettings, *, widths: Collection[int]
+    ) -> None:
         if isinstance(model, DraftsInTarget):
             raise CheckpointError(
                 "rasd: a drafter that runs the target's first blocks cannot be extended by other nodes"
@@ -113,7 +115,7 @@ class Rasd:
         self._model = model
         self._retrieval = retrieval
         self._settings = settings
-        self._vocab_size = vocab_size
+        self._widths = widths
         self.needs = model.needs | retrieval.needs
 
     @classmethod
@@ -125,7 +127,9 @@ class Rasd:
         else:
             assert drafter is not None, "an evaluation has a drafter"
             model = drafter.proposer(target, surroundings.listener)
-        return cls(model, make(settings.retrieval, surroundings), settings, vocab_size=target.vocab_size)
+        in_target_ids = drafter is None or drafter.vocabulary is None
+        widths = (target.vocab_size, target.num_tokens) if in_target_ids else ()
+        return cls(model, make(settings.retrieval, surroundings), settings, widths=widths)
 
     def why_one_at_a_time(self, longest: int) -> str | None:
         """Return why sequences of up to `longest` tokens must be drafted one at a time; None: they can be batched."""
@@ -166,18 +170,18 @@ class Rasd:
         """Return the drafter's budget. In a chain, retrieved tokens have their place only after the drafter's."""
         nodes = max(budget.nodes - retrieved, min(budget.nodes, 1)) if budget.width > 1 else budget.nodes
         width = 1 if self._settings.chain else budget.width
-        return replace(budget, nodes=nodes, width=width)
+        return replace(budget, nodes=nodes, depth=min(budget.depth, nodes), width=width)
 
     def _may_begin(self, own: Proposal, logits_V: Tensor | None) -> Callable[[int], bool]:
         """Return whether the drafter's probability of a first token is large enough, or not known."""
         if own.q_rows_RV is not None and own.q_row_N is not None and int(own.q_row_N[0]) >= 0:
             probs_V = own.q_rows_RV[int(own.q_row_N[0])]
-        elif logits_V is not None and len(logits_V) == self._vocab_size:
+        elif logits_V is not None and len(logits_V) in self._widths:
             probs_V = logits_V.float().softmax(dim=-1)
         else:
             return lambda token: True
         least = self._settings.min_probability
-        return lambda token: float(probs_V[token]) >= least
+        return lambda token: token < len(probs_V) and float(probs_V[token]) >= least
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
         """Update both parts."""
