@@ -92,7 +92,8 @@ def test_the_length_is_chosen_by_the_command_or_by_the_evaluation_and_rounds_tim
         length={"kind": "tree", "num_draft_tokens": 6, "depth": 3, "width": 2},
         speedup=Speedup(1.7, 1.6, 1.8, 8, baseline=""),
     )
-    made = result({"drafter": figures(), "drafter (tree 6)": tree})
+    about = EvaluatedDrafter(path.parent.name, "causal_lm", 1, None, None, "the/target")
+    made = result({"drafter": figures(), "drafter (tree 6)": tree}, about=about)
     provenance = replace(made.provenance, machine=replace(made.provenance.machine, processor=processor()))
     here = replace(made, target=replace(made.target, dtype="float64"), provenance=provenance)
     elsewhere = replace(here, target=replace(made.target, dtype="bfloat16"))

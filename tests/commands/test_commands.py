@@ -143,7 +143,7 @@ def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, c
     (folder / "recipe.yaml").write_text(held.replace("  pretrain: null\n", ""))
     fit(loaded, folder)
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/svg+xml") == 3
+    assert page.count("data:image/svg+xml") == 4
     assert 'src="http' not in page
 
 

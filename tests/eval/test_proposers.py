@@ -152,7 +152,7 @@ def test_together_and_alone_are_the_same_rounds_and_the_ledger_counts_them(name,
     assert [one.rounds for one in together] == [one.rounds for one in alone], "a cold state is one of the text"
     rounds = [part for one in alone for part in one.rounds]
     assert ledger.calls("target") == len(rounds)
-    assert sum(event.num_tokens for event in ledger.rounds()) == sum(1 + part.num_draft_tokens for part in rounds)
+    assert sum(event.shape.num_tokens for event in ledger.rounds()) == sum(1 + part.num_draft_tokens for part in rounds)
 
 
 # ---------------------------------------------------------------- prompt lookup, Jacobi, lookahead

@@ -76,7 +76,7 @@ def test_a_head_goes_all_the_way_and_its_models_stay_as_they_are(recipe, tmp_pat
     held_out = result["head"]["held_out"]
     assert list(held_out) == ["untrained", "trained", "trained, not prior-corrected"]
     assert result["head"]["made_for"]["drafter"] == loaded.head.drafter
-    assert (folder / "report.html").read_text().count("data:image/svg+xml") == 4
+    assert (folder / "report.html").read_text().count("data:image/svg+xml") == 5
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows if row["validation_ece"]] == ["0", "6", "12"]

@@ -123,13 +123,11 @@ def test_rows_of_every_shape_run_in_the_graphs_of_the_first_steps(kind, traced):
 def test_control_without_symbols_a_new_shape_is_a_new_graph(traced, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, dynamic=False))
     monkeypatch.setattr(compiled, "_compiled_loss", lambda per_row: per_row)
-    graphs, _ = graphs_by_step(KINDS[0], traced, steps=5)
+    graphs, _ = graphs_by_step(KINDS[0], traced)
     assert graphs[-1] > graphs[3]
 
 
-def graphs_by_step(
-    kind: tuple[str, dict[str, Any], str], traced: list[str], *, steps: int = 10
-) -> tuple[list[int], list[tuple[int, ...]]]:
+def graphs_by_step(kind: tuple[str, dict[str, Any], str], traced: list[str]) -> tuple[list[int], list[tuple[int, ...]]]:
     """Return how many graphs there are after each step, and the shape of its rows."""
     name, of_kind, loss_kind = kind
     target = Target(random_llama(num_layers=4), byte_tokenizer(), name="tiny", fingerprint="")
@@ -140,7 +138,7 @@ def graphs_by_step(
     compiled.compile_step(drafter, loss)
     random = np.random.default_rng(0)
     graphs, shapes = [], []
-    for step in range(steps):
+    for step in range(10):
         lengths = random.integers(6, 60, size=6)
         records = [
             Record("", random.integers(1, 250, size=n).tolist(), [False] * 3 + [True] * (n - 3)) for n in lengths

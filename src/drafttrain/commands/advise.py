@@ -28,7 +28,7 @@ from drafttrain.eval.page import label, write_picture
 from drafttrain.eval.pipelined import PIPELINED, SERIAL, Schedule
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.proposers.none import PLAIN
-from drafttrain.eval.result import Result, current_result
+from drafttrain.eval.result import Result, read_result
 from drafttrain.eval.settings import EvalSettings, length_label
 from drafttrain.eval.typed_json import to_json
 from drafttrain.pipeline.evaluating import evaluate_folders
@@ -165,7 +165,7 @@ def _opened(question: Question) -> _Opened:
 def _evaluation(folder: Path, target: Target) -> Result | None:
     """Return the evaluation beside a drafter, or of its run, with this target."""
     for path in (folder / "eval.json", folder.parent / "eval.json"):
-        result = current_result(path)
+        result = read_result(path) if path.exists() else None
         if result is not None and result.target.fingerprint == target.fingerprint:
             say(f"acceptance: {path}")
             return result

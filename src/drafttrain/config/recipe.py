@@ -147,7 +147,11 @@ class Recipe:
         """Yield the length policies that ask for trees of a drafter that drafts none."""
         made_of = _component(self.drafter)
         for key, length in self.eval.lengths():
-            if made_of is not None and not made_of.drafts_trees and getattr(length, "most_children", 1) > 1:
+            if (
+                made_of is not None
+                and not getattr(made_of, "drafts_trees", True)
+                and getattr(length, "most_children", 1) > 1
+            ):
                 yield f"{key}: {length.kind} is a tree, and drafter.kind {self.drafter.kind} drafts chains only: use kind fixed or confidence"
 
     def _beside(self) -> Iterator[str]:

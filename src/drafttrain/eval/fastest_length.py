@@ -18,7 +18,7 @@ from drafttrain.eval.arms import Arm
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.pipelined import SERIAL
 from drafttrain.eval.proposers.none import PLAIN
-from drafttrain.eval.result import DrafterFigures, Result, current_result
+from drafttrain.eval.result import DrafterFigures, Result, read_result
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.target_model import Target
 
@@ -70,7 +70,7 @@ def known_lengths(folder: Path, *, temperature: float) -> KnownLengths | None:
         None: there is no evaluation.
     """
     for path in (folder / "eval.json", folder.parent / "eval.json"):
-        result = current_result(path)
+        result = read_result(path) if path.exists() else None
         # Rounds on two devices yield other tokens than rounds one after the other.
         if result is None or result.settings.get("schedule", SERIAL) != SERIAL:
             continue
