@@ -20,7 +20,7 @@ from drafttrain.core.provenance import processor
 from drafttrain.eval.fastest_length import Fastest, fastest_of, known_lengths
 from drafttrain.eval.interval import Interval
 from drafttrain.eval.parity import Divergence, Parity
-from drafttrain.eval.result import AtTemperature, Speedup
+from drafttrain.eval.result import AtTemperature, EvaluatedDrafter, Speedup
 from drafttrain.eval.speed import Speed
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import noisy

@@ -41,8 +41,8 @@ def agreement(own: Sequence[Generation], found: Sequence[Generation], units: Seq
     same = [float(list(a.tokens) == list(b.tokens)) for a, b in zip(own, found, strict=True)]
     before = [_common(a.tokens, b.tokens) for a, b in zip(own, found, strict=True)]
     lengths = [max(len(a.tokens), len(b.tokens)) for a, b in zip(own, found, strict=True)]
-    outputs, same, before, lengths = summed_by(units, [1] * len(same), same, before, lengths)
-    return Agreement(share_interval(same, outputs), share_interval(before, lengths))
+    outputs_U, same_U, before_U, lengths_U = summed_by(units, [1] * len(same), same, before, lengths)
+    return Agreement(share_interval(same_U, outputs_U), share_interval(before_U, lengths_U))
 
 
 def solved(
