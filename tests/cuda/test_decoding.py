@@ -16,7 +16,7 @@ from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.length.tree import TreeSettings
-from drafttrain.eval.proposers import proposers
+from drafttrain.eval.proposers import Surroundings, make, proposers
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
 from drafttrain.target_model import Target
 from tests.cuda.kinds import KINDS
@@ -81,8 +81,9 @@ def test_every_rule(name: str, temperature: float, target: Target, drafter_of: A
 
 
 @pytest.mark.parametrize("name", proposers.names())
-def test_every_proposer_without_a_drafter(name: str, target: Target) -> None:
-    decode(target, None, proposers.build(proposers.entry(name).settings()))
+def test_every_proposer_that_needs_no_training(name: str, target: Target, drafter_of: Any) -> None:
+    made_of = Surroundings(target, drafter_of("causal_lm"))
+    decode(target, None, make(proposers.entry(name).settings(), made_of))
 
 
 @pytest.mark.parametrize("name", KINDS)
