@@ -4,29 +4,15 @@ from dataclasses import dataclass
 
 from drafttrain.core.proposals import Budget, Context, DrawMode
 from drafttrain.core.settings import setting
-from drafttrain.eval.length import LengthSettings, WholeBudget, length_policies
-from drafttrain.eval.length.static_tree import StaticForm, branching_problems, full_shape
+from drafttrain.eval.length import WholeBudget, length_policies
+from drafttrain.eval.length.static_tree import BranchingSettings, StaticForm, full_shape
 
 
 @dataclass
-class SpecInferSettings(LengthSettings):
+class SpecInferSettings(BranchingSettings):
     """Draw a tree with replacement, with the same number of children for all nodes of a level."""
 
     branching: list[int] = setting([1, 1, 3, 1, 1], help="Children of a node, by level; the first is the root's.", ge=1)
-
-    @property
-    def chain_length(self) -> int:
-        """The levels of the tree."""
-        return len(self.branching)
-
-    @property
-    def most_children(self) -> int:
-        """The largest number of children."""
-        return max(self.branching)
-
-    def check(self) -> list[str]:
-        """Return what is wrong across fields."""
-        return branching_problems(self.branching)
 
 
 @length_policies.register("specinfer", SpecInferSettings)

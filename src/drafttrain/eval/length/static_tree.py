@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from drafttrain.core.proposals import Budget, DrawMode
 from drafttrain.core.tree_growth import Child, TreeGrowth, Uniform
+from drafttrain.eval.length import LengthSettings
 
 Shape = tuple["Shape", ...]
 """The children of a place in draw order, each with the shape below it."""
@@ -47,13 +48,28 @@ def nodes_of(branching: Sequence[int]) -> int:
     return total
 
 
-def branching_problems(branching: Sequence[int]) -> list[str]:
-    """Return what is wrong with the numbers of children by level."""
-    if not branching:
-        return ["branching: at least one level is needed, as [3, 2, 1]"]
-    if (nodes := nodes_of(branching)) > MOST_NODES:
-        return [f"branching: {list(branching)} is a tree of {nodes} nodes, at most {MOST_NODES} are allowed"]
-    return []
+class BranchingSettings(LengthSettings):
+    """Base class of settings with a number of children for all nodes of a level."""
+
+    branching: list[int]
+
+    @property
+    def chain_length(self) -> int:
+        """The levels of the tree."""
+        return len(self.branching)
+
+    @property
+    def most_children(self) -> int:
+        """The largest number of children."""
+        return max(self.branching)
+
+    def check(self) -> list[str]:
+        """Return what is wrong with the numbers of children."""
+        if not self.branching:
+            return ["branching: at least one level is needed, as [3, 2, 1]"]
+        if (nodes := nodes_of(self.branching)) > MOST_NODES:
+            return [f"branching: {list(self.branching)} is a tree of {nodes} nodes, at most {MOST_NODES} are allowed"]
+        return []
 
 
 @dataclass(frozen=True)
