@@ -28,6 +28,30 @@ class LengthSettings:
         return 1
 
 
+class TreeSizeSettings(LengthSettings):
+    """Base class of settings with a number of nodes, a depth and a width."""
+
+    num_draft_tokens: int
+    depth: int
+    width: int
+
+    @property
+    def chain_length(self) -> int:
+        """The levels of the tree."""
+        return self.depth
+
+    @property
+    def most_children(self) -> int:
+        """The width."""
+        return self.width
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        if self.depth > self.num_draft_tokens:
+            return [f"depth: must be at most num_draft_tokens ({self.num_draft_tokens}), got {self.depth}"]
+        return []
+
+
 class WholeBudget:
     """A policy that never stops before its budget is spent."""
 

@@ -11,11 +11,11 @@ from drafttrain.core.proposals import Budget, Context, DraftStep, Verdict
 from drafttrain.core.reduce import Rate
 from drafttrain.core.settings import setting
 from drafttrain.eval.decoding_memory import DecodingMemory
-from drafttrain.eval.length import LengthSettings, length_policies
+from drafttrain.eval.length import TreeSizeSettings, length_policies
 
 
 @dataclass
-class MemoryLengthSettings(LengthSettings):
+class MemoryLengthSettings(TreeSizeSettings):
     """Draft the largest tree, or chain, that fits into the memory and pays."""
 
     gigabytes: float | None = setting(
@@ -27,22 +27,6 @@ class MemoryLengthSettings(LengthSettings):
     num_draft_tokens: int = setting(24, help="Draft tokens per round at most.", ge=1)
     depth: int = setting(5, help="Levels at most.", ge=1)
     width: int = setting(4, help="Most children of a node; 1: chains.", ge=1)
-
-    @property
-    def chain_length(self) -> int:
-        """The levels of the tree."""
-        return self.depth
-
-    @property
-    def most_children(self) -> int:
-        """The width."""
-        return self.width
-
-    def check(self) -> list[str]:
-        """Return what is wrong across fields."""
-        if self.depth > self.num_draft_tokens:
-            return [f"depth: must be at most num_draft_tokens ({self.num_draft_tokens}), got {self.depth}"]
-        return []
 
 
 @length_policies.register("memory", MemoryLengthSettings)

@@ -4,32 +4,16 @@ from dataclasses import dataclass
 
 from drafttrain.core.proposals import Budget, Context
 from drafttrain.core.settings import setting
-from drafttrain.eval.length import LengthSettings, WholeBudget, length_policies
+from drafttrain.eval.length import TreeSizeSettings, WholeBudget, length_policies
 
 
 @dataclass
-class TreeSettings(LengthSettings):
+class TreeSettings(TreeSizeSettings):
     """Draft a tree of the likeliest nodes (EAGLE-2), which are FIXED at every temperature."""
 
     num_draft_tokens: int = setting(24, help="Nodes of the tree without its root.", ge=1)
     depth: int = setting(5, help="Levels of the tree; a drafter with heads drafts at most one level per head.", ge=1)
     width: int = setting(4, help="Most children of a node.", ge=2)
-
-    @property
-    def chain_length(self) -> int:
-        """The levels of the tree."""
-        return self.depth
-
-    @property
-    def most_children(self) -> int:
-        """The width."""
-        return self.width
-
-    def check(self) -> list[str]:
-        """Return what is wrong across fields."""
-        if self.depth > self.num_draft_tokens:
-            return [f"depth: must be at most num_draft_tokens ({self.num_draft_tokens}), got {self.depth}"]
-        return []
 
 
 @length_policies.register("tree", TreeSettings)
