@@ -142,19 +142,9 @@ def test_after_the_first_call_of_a_round_the_cache_is_that_of_a_fresh_prefill(
 ) -> None:
     assert worst_of_cache(target, monkeypatch, policy=policy, schedule=schedule) < 1e-12
     # Control: what draft tokens wrote stays where they were accepted.
-    monkeypatch.setattr(LayerParallelLM, "keep", uncalibrated(LayerParallelLM.keep))
-    monkeypatch.setattr(LayerParallelLM, "cut", uncalibrated(LayerParallelLM.cut))
+    monkeypatch.setattr(LayerParallelLM, "keep", DecodingLM.keep)
+    monkeypatch.setattr(LayerParallelLM, "cut", DecodingLM.cut)
     assert worst_of_cache(target, monkeypatch, policy=policy, schedule=schedule) > 1e-3
-
-
-def uncalibrated(method: Callable[..., None]) -> Callable[..., None]:
-    """Return a method that keeps what it is asked to keep."""
-
-    def keeping(lm: LayerParallelLM, given: Any) -> None:
-        lm._exact = list(lm.lengths)
-        method(lm, given)
-
-    return keeping
 
 
 def test_calibration_costs_no_further_call(target: Target) -> None:
