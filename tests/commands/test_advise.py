@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from drafttrain.cli import app
-from drafttrain.commands.advise import Question, advise
+from drafttrain.commands.advise import Question, _opened, advise
 from drafttrain.core.errors import RecipeError
 from drafttrain.eval.advice import Advice
 from drafttrain.eval.typed_json import from_json
@@ -65,6 +66,17 @@ def test_a_pipelined_round_takes_as_long_as_the_slower_device(
     (ideal,) = (one for one in found.surface if one.device == "h100, ideal")
     # Equal models: two calls of the drafter hide the one of the target.
     assert ideal.round_ms == pytest.approx(2 * ideal.plain_ms, rel=0.1)
+
+
+def test_rounds_are_those_of_the_evaluation(save_llama: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "drafter"
+    shutil.copytree(save_llama(num_layers=4), folder)
+    asked = question(str(folder), str(folder))
+    usual = _opened(asked)
+    assert (usual.settings.layer_parallel_size, usual.drafter.layer_parallel_size) == (1, 1)
+    replace(usual.result, settings={**usual.result.settings, "layer_parallel_size": 2}).write(folder / "eval.json")
+    found = _opened(asked)
+    assert (found.settings.layer_parallel_size, found.drafter.layer_parallel_size) == (2, 2)
 
 
 def test_wrong_arguments_are_refused_together(tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ def target() -> Target:
     return Target(random_llama().double(), byte_tokenizer(), name="tiny", fingerprint="")
 
 
-def pipelined(model: Any, *, new: int = NEW, vocab_size: int = V, listener: Any = None) -> Pipelined:
-    return Pipelined(ChainProposer(model, target_vocab_size=vocab_size, listener=listener), max_new_tokens=new)
+def pipelined(model: Any, *, new: int = NEW, listener: Any = None) -> Pipelined:
+    return Pipelined(ChainProposer(model, target_vocab_size=V, listener=listener), max_new_tokens=new)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.02, 1.0])
@@ -67,8 +67,28 @@ def test_a_stop_token_inside_a_block_ends_the_text(target: Target) -> None:
     assert found.rounds[-1].reason == "eos"
 
 
+class RowsOneLate(Pipelined):
+    """A control: pending tokens are verified with the distributions of the tokens before them."""
+
+    def observe(self, *arguments: Any) -> None:
+        super().observe(*arguments)
+        for pending, new in zip(self._pending, self._new, strict=True):
+            pending.q_rows = new.q_rows[: len(pending.tokens)]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_sampled_output_has_the_targets_distribution(temperature: float) -> None:
+    target = small_target()
+    drafts = ChainProposer(noisy(target.model, 0.3), target_vocab_size=8)
+    for kind, passes in ((Pipelined, True), (RowsOneLate, False)):
+        found = chi_square(target.model, kind(drafts, max_new_tokens=4), temperature, samples=1200)
+        assert found > 1e-3 if passes else found < 1e-6
+
+
 class DropsUnlikely(Pipelined):
-    """The control: a new token is left out where it turned out unlikely, and its distribution stays as it was."""
+    """A control that 2,500 samples at temperature 0.7 did not show: a new token is left out where it turned out unlikely, and its
+    distribution stays as it was.
+    """
 
     def propose(self, *arguments: Any) -> list[Proposal]:
         proposals = super().propose(*arguments)
@@ -77,13 +97,6 @@ class DropsUnlikely(Pipelined):
                 proposals[row] = replace(one, unread_leaf=False).first(one.num_draft_tokens - 1)
                 self._new[row] = self._new[row].first(0)
         return proposals
-
-
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_sampled_output_has_the_targets_distribution(temperature: float) -> None:
-    target = small_target()
-    drafter = noisy(target.model, 0.3)
-    assert chi_square(target.model, pipelined(drafter, new=4, vocab_size=8), temperature) > 1e-3
 
 
 class TableDrafts:

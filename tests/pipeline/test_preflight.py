@@ -225,3 +225,25 @@ def test_texts_beyond_the_positions_are_refused_where_those_are_learnt(
         "target.model: eval.max_new_tokens: 301 tokens are more than the 64 positions of learnt",
     )
     check_parts(load_recipe("r.yaml", ["data.max_length=64", "eval.max_new_tokens=16", "target.model=learnt"]))
+
+
+def test_layers_that_cannot_run_in_parallel_are_refused(place: Path) -> None:
+    wanted = "eval.layer_parallel_size=4"
+    (alone,) = problems(wanted)
+    assert alone.endswith(
+        "eval.layer_parallel_size: 4: the first and the last layer run alone, so a drafter needs at least 4 layers, got 1 "
+        "(drafter.num_layers): set 1"
+    )
+    (kind,) = problems(wanted, "drafter={kind: eagle3}")
+    assert "eval.layer_parallel_size: 4 needs a drafter.kind causal_lm, got eagle3" in kind
+    check_parts(load_recipe("r.yaml", [wanted, "drafter.num_layers=4"]))
+    started = (wanted, "drafter={kind: causal_lm, init: checkpoint, checkpoint: target}")
+    (few,) = problems(*started)
+    assert few.startswith("drafter.checkpoint: eval.layer_parallel_size: 4: the first and the last layer run alone")
+    without_weights(place / "target", num_hidden_layers=6)
+    check_parts(load_recipe("r.yaml", started))
+    without_weights(place / "target", architectures=["MistralForCausalLM"])
+    cut = (wanted, "drafter={kind: causal_lm, init: target, num_layers: 5}")
+    for overrides in (started, cut):
+        (other,) = problems(*overrides)
+        assert "the drafter must be a LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, got Mistral" in other

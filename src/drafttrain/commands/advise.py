@@ -20,12 +20,13 @@ from drafttrain.drafters import Drafter
 from drafttrain.eval.advice import ASSUMED, Advice, Candidate, Device, End, Predicted, Recorded
 from drafttrain.eval.clock import DATA_SHEET, Efficiency, roofline_of
 from drafttrain.eval.decoding_memory import DecodingMemory
+from drafttrain.eval.evaluate import choose_drafts
 from drafttrain.eval.fastest_length import evaluated_lengths
 from drafttrain.eval.interval import Interval
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.lone_rounds import calibrated, lone_rounds
 from drafttrain.eval.page import label, write_picture
-from drafttrain.eval.pipelined import PIPELINED, SERIAL, Schedule
+from drafttrain.eval.pipelined import PIPELINED
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.proposers.none import PLAIN
 from drafttrain.eval.result import Result, read_result
@@ -41,6 +42,8 @@ HERE = "here"
 NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 FRESH = {"num_prompts": 12, "max_new_tokens": 64, "speed_prompts": 0}
 """A small evaluation, where there is none yet."""
+AS_EVALUATED = ("schedule", "across_tokenizers", "layer_parallel_size")
+"""Settings that decide what a round drafts: those of the evaluation count, because its acceptance does."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,10 @@ def _opened(question: Question) -> _Opened:
         limits = {name: min(most, getattr(settings, name) or most) for name, most in FRESH.items()}
         settings = replace(settings, **limits)
         result = evaluate_folders({"drafter": folder}, loaded, settings, dropped=())
+    usual = EvalSettings()
+    settings = replace(settings, **{name: result.settings.get(name, getattr(usual, name)) for name in AS_EVALUATED})
     drafter = read_drafter(folder, loaded)
+    choose_drafts([drafter], settings)
     prompts = read_prompts(settings.prompts, loaded.tokenizer, prompt_tokens=settings.prompt_tokens, limit=1)
     return _Opened(drafter, drafter.adapted(loaded), settings, prompts[0], folder, result)
 
@@ -201,7 +207,7 @@ def _candidate(opened: _Opened, length: Mapping[str, Any], value: Interval, from
 
 
 def _pipelined(opened: _Opened) -> bool:
-    return opened.result.settings.get("schedule") == PIPELINED
+    return opened.settings.schedule == PIPELINED
 
 
 def _recorded(opened: _Opened) -> Recorded:
@@ -213,8 +219,7 @@ def _recorded(opened: _Opened) -> Recorded:
 
 
 def _settings(opened: _Opened) -> EvalSettings:
-    schedule: Schedule = PIPELINED if _pipelined(opened) else SERIAL
-    return replace(opened.settings, temperatures=[_temperature(opened)], schedule=schedule)
+    return replace(opened.settings, temperatures=[_temperature(opened)])
 
 
 def _devices(name: str, question: Question, opened: _Opened) -> list[Device]:

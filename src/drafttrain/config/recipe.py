@@ -12,7 +12,6 @@ from drafttrain.data_gen.annotate import annotators
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.states import states
 from drafttrain.drafters import drafters
-from drafttrain.eval.pipelined import PIPELINED
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.export import exporters
 from drafttrain.export.settings import ExportSettings
@@ -93,18 +92,8 @@ class Recipe:
             problems.append(
                 "drafter.tokenizer: rows of a head that is partitioned over processes cannot be chosen: use train.deepspeed.stage 0, 1 or 2"
             )
-        if self.eval.across_tokenizers == "strings" and getattr(self.drafter, "tokenizer", None) is None:
-            problems.append(
-                "eval.across_tokenizers: strings: the drafter has the target's tokenizer: set tokens, or drafter.tokenizer"
-            )
+        problems += self.eval.problems_with(self.drafter)
         problems += self._confidence()
-        if self.eval.schedule == PIPELINED and self.drafter is not None:
-            own = self.drafter.kind == "causal_lm" and self.drafter.tokenizer is None
-            if not own:
-                problems.append(
-                    f"eval.schedule: pipelined needs a drafter.kind causal_lm that reads the target's tokens, got {self.drafter.kind}"
-                    f"{' with a tokenizer of its own' if self.drafter.kind == 'causal_lm' else ''}: use serial"
-                )
         problems += self._trees()
         problems += self._numbered_devices()
         problems += self._beside()

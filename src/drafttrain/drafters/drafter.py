@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from drafttrain.core.batches import DraftBatch, DraftOutput
+from drafttrain.core.errors import CheckpointError
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.registry import Registry
 from drafttrain.core.roles import ForwardListener, Proposer
@@ -47,6 +48,8 @@ class Drafter(nn.Module, ABC):
     """At temperature > 0: `sampled` draws from its distribution; `greedy` takes the argmax, as some engines draft."""
     drafts_strings: bool = False
     """It has its own tokenizer, and drafts any text: what it drew says nothing about the probability of the target's tokens."""
+    layer_parallel_size: int = 1
+    """Layers of its language model whose attention reads the same states while it drafts; 1: each reads those of the layer before."""
     figures: ClassVar[tuple[str, ...]] = ()
     """Further columns of metrics.csv: means over rows that the loss beside its drafts measures in training."""
     serving: ClassVar[str] = "No serving engine loads this kind: decode with `drafttrain eval DRAFTER`."
@@ -111,6 +114,21 @@ class Drafter(nn.Module, ABC):
     def draft_strings(self) -> bool:
         """Draft any text from now on, also what the target's tokenizer splits differently; return whether the drafter can."""
         return False
+
+    def run_layers_parallel(self, size: int) -> None:
+        """From now on, draft with the attention of `size` layers on the same states.
+
+        Raises:
+            CheckpointError: It has no such layers.
+        """
+        raise CheckpointError(
+            f"eval.layer_parallel_size: {size} is for a causal_lm, not for drafter.kind {self.kind}. Set 1"
+        )
+
+    @property
+    def replayable(self) -> bool:
+        """Its forward gives the distributions that it drafts from: not of strings, nor with layers in parallel."""
+        return not self.drafts_strings and self.layer_parallel_size == 1
 
     @property
     def language_model(self) -> Any:

@@ -90,11 +90,14 @@ def evaluate(
 
 
 def choose_drafts(drafters: Sequence[Drafter], settings: EvalSettings) -> None:
-    """Let drafters with their own tokenizer draft what the settings choose.
+    """Let drafters draft as the settings choose: with layers in parallel; strings, of those with their own tokenizer.
 
     Raises:
-        CheckpointError: No drafter has its own tokenizer, and the settings need one.
+        CheckpointError: A drafter has no layers that can run in parallel, or none has its own tokenizer, and the settings need it.
     """
+    if settings.layer_parallel_size > 1:
+        for one in drafters:
+            one.run_layers_parallel(settings.layer_parallel_size)
     if settings.across_tokenizers != "strings":
         return
     # Of several drafters, each that can.

@@ -16,7 +16,6 @@ from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.arms import Arm
 from drafttrain.eval.length.fixed import FixedLengthSettings
-from drafttrain.eval.pipelined import SERIAL
 from drafttrain.eval.proposers.none import PLAIN
 from drafttrain.eval.result import DrafterFigures, Result, read_result
 from drafttrain.eval.settings import EvalSettings
@@ -71,8 +70,7 @@ def known_lengths(folder: Path, *, temperature: float) -> KnownLengths | None:
     """
     for path in (folder / "eval.json", folder.parent / "eval.json"):
         result = read_result(path) if path.exists() else None
-        # Rounds on two devices yield other tokens than rounds one after the other.
-        if result is None or result.settings.get("schedule", SERIAL) != SERIAL:
+        if result is None or result.changed_rounds:
             continue
         if arms := evaluated_lengths(result, temperature, folder):
             evaluated = [(figures.length, figures.block_efficiency.value) for figures in arms]

@@ -172,9 +172,10 @@ def _replayed(
 ) -> tuple[Interval | None, float | None, dict[str, Interval]]:
     """Return the acceptance rate, its bound, and block efficiency by draft length, by replay on the emitted text.
 
-    Neither a training-free proposer nor a drafter of strings has a distribution over the target's tokens.
+    Neither a training-free proposer nor a drafter of strings has a distribution over the target's tokens. One whose layers run in
+    parallel drafts from another distribution than that of its forward.
     """
-    if not isinstance(arm.source, Drafter) or arm.source.drafts_strings:
+    if not isinstance(arm.source, Drafter) or not arm.source.replayable:
         return None, None, {}
     texts = [
         Text(one.id, list(one.prompt_tokens), list(one.tokens[: count.num_tokens]))

@@ -21,7 +21,7 @@ from drafttrain.eval.table import (
     ROUND_COLUMNS,
     THIS_MACHINE_CAPTION,
     baseline_speeds,
-    in_words,
+    drafting_in_words,
     parity_cell,
     round_rows,
     slice_axes,
@@ -48,7 +48,7 @@ def write_report(path: Path, result: Result, *, title: str, metrics: Path | None
         number=number,
         parity_cell=parity_cell,
         baseline_speeds=baseline_speeds,
-        in_words=in_words,
+        drafting_in_words=drafting_in_words,
         round_caption=ROUND_CAPTION,
         round_columns=ROUND_COLUMNS,
         round_rows=round_rows,
@@ -206,10 +206,11 @@ def _lengths(axes: Sequence[Any], result: Result) -> None:
         if figures.length != main:
             continue  # replay is about chains: further lengths of a drafter would draw the same line again
         measured = ([main["num_draft_tokens"]], [figures.block_efficiency.value]) if main["kind"] == "fixed" else None
-        if figures.proposer is not None and measured is not None:
-            axes[0].plot(*measured, "s", label=name)  # it cannot be replayed
         if not figures.replay:
-            continue  # a lossy rule's text cannot be replayed
+            # Replay knows neither what it drafts from nor a lossy rule's text.
+            if measured is not None and not figures.lossy:
+                axes[0].plot(*measured, "s", label=name)
+            continue
         lengths, values = [int(k) for k in figures.replay], list(figures.replay.values())
         (line,) = axes[0].plot(lengths, [v.value for v in values], label=name)
         if not any(math.isnan(v.low) for v in values):  # one prompt has no interval
@@ -219,4 +220,5 @@ def _lengths(axes: Sequence[Any], result: Result) -> None:
             axes[0].plot(*measured, "o", color=line.get_color())
     axes[0].set(xlabel="draft tokens per round", ylabel="block efficiency")
     axes[0].xaxis.get_major_locator().set_params(integer=True)
-    axes[0].legend(fontsize=8, frameon=False)
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(fontsize=8, frameon=False)

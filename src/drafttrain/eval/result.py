@@ -20,6 +20,7 @@ from drafttrain.eval.interval import Interval
 from drafttrain.eval.metrics import PromptCounts
 from drafttrain.eval.older_results import completed
 from drafttrain.eval.parity import Parity
+from drafttrain.eval.pipelined import SERIAL
 from drafttrain.eval.quality import Agreement, TaskScore
 from drafttrain.eval.typed_json import from_json, to_json
 from drafttrain.heads.token_head import MadeFor
@@ -27,6 +28,8 @@ from drafttrain.heads.token_head import MadeFor
 FORMAT = 5
 """Version of eval.json."""
 LOSSY = "lossy"
+AS_IN_ENGINES: Mapping[str, Any] = {"schedule": SERIAL, "layer_parallel_size": 1}
+"""Settings of an evaluation whose rounds are those of serving engines. Evaluations of earlier versions have only such rounds."""
 
 
 @dataclass(frozen=True)
@@ -303,6 +306,11 @@ class Result:
     def lossy(self) -> bool:
         """Whether the configured acceptance rule changes the distribution of the output."""
         return self.exactness == LOSSY
+
+    @property
+    def changed_rounds(self) -> dict[str, Any]:
+        """The settings with which a round yields other tokens than in serving engines; empty: none."""
+        return {key: value for key, usual in AS_IN_ENGINES.items() if (value := self.settings.get(key, usual)) != usual}
 
     @property
     def greedy_or_first(self) -> AtTemperature:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from drafttrain.core.registry import component_mapping
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.checkers import checkers
+from drafttrain.drafters.causal_lm.layer_parallel import layer_problem
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
 from drafttrain.eval.length import length_policies
@@ -67,6 +68,12 @@ class EvalSettings:
         help="serial; or pipelined: the drafter drafts the next chain while the target verifies the last one, as on two devices. Here "
         "the same decisions are made one after the other, so measured times are no gain.",
     )
+    layer_parallel_size: int = setting(
+        1,
+        help="Layers of a causal_lm whose attention reads the same states while it drafts, as on so many devices (EasySpec); 1: none. "
+        "Here they run one after the other, so measured times are no gain.",
+        ge=1,
+    )
     batch_size: int = setting(1, help="Prompts decoded together.", ge=1)
     replay_lengths: list[int] = setting(
         [1, 2, 3, 4, 5, 6, 8], help="Draft lengths for which replay computes the block efficiency.", ge=1
@@ -110,6 +117,33 @@ class EvalSettings:
             )
         if PLAIN.label in beside:
             problems.append(f"beside: {PLAIN.label} is plain decoding, which every evaluation has")
+        return problems
+
+    def problems_with(self, drafter: Any) -> list[str]:
+        """Return what this evaluation asks of a drafter that these settings do not make.
+
+        Args:
+            drafter: The section `drafter` of a recipe; None: it has none.
+        """
+        problems, kind = [], getattr(drafter, "kind", None)
+        own_tokenizer = getattr(drafter, "tokenizer", None) is not None
+        if self.across_tokenizers == "strings" and not own_tokenizer:
+            problems.append(
+                "eval.across_tokenizers: strings: the drafter has the target's tokenizer: set tokens, or drafter.tokenizer"
+            )
+        if self.schedule == PIPELINED and kind is not None and (kind != "causal_lm" or own_tokenizer):
+            problems.append(
+                f"eval.schedule: pipelined needs a drafter.kind causal_lm that reads the target's tokens, got {kind}"
+                f"{' with a tokenizer of its own' if own_tokenizer else ''}: use serial"
+            )
+        if self.layer_parallel_size > 1 and kind is not None:
+            key = f"eval.layer_parallel_size: {self.layer_parallel_size}"
+            if kind != "causal_lm":
+                problems.append(
+                    f"{key} needs a drafter.kind causal_lm, got {kind}, which has no language model of its own: set 1"
+                )
+            elif drafter.init != "checkpoint" and (problem := layer_problem(drafter.num_layers)):
+                problems.append(f"{key}: {problem} (drafter.num_layers): set 1")
         return problems
 
     def lengths(self) -> list[tuple[str, Any]]:

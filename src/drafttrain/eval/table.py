@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from drafttrain.core.console import say, table
 from drafttrain.eval.compared import (
     ARM_CAPTION,
@@ -33,7 +31,7 @@ TIMED_COLUMNS = ("temperature", "drafter", "tokens/s", "speed-up", "baseline")
 
 def show(result: Result) -> None:
     """Print the tables of counts and of times, then what needs a sentence."""
-    length, machine = in_words(result.settings["length"]), result.provenance.machine
+    length, machine = drafting_in_words(result), result.provenance.machine
     about = f"{result.num_prompts} prompts, target {target_in_words(result)}; {length}; brackets: 95 % intervals over prompts"
     rows = [_counted_row(part, *arm) for part in result.temperatures for arm in part.drafters.items()]
     table(rows, columns=COUNTED_COLUMNS, title=f"\n{CARRIES_OVER}: {CARRIES_OVER_CAPTION}\n{about}")
@@ -91,9 +89,9 @@ def target_in_words(result: Result) -> str:
     return f"{result.target.name} in {result.target.dtype}" if result.target.dtype else result.target.name
 
 
-def in_words(component: Mapping[str, object]) -> str:
-    """Return the settings of a component in one line."""
-    return ", ".join(f"{key} {value}" for key, value in component.items())
+def drafting_in_words(result: Result) -> str:
+    """Return in one line how was drafted: the length policy, and what changes the rounds."""
+    return ", ".join(f"{key} {value}" for key, value in (result.settings["length"] | result.changed_rounds).items())
 
 
 def alpha_cell(figures: DrafterFigures) -> str:

@@ -18,6 +18,7 @@ from drafttrain.core.errors import CheckpointError, DataError, RecipeError
 from drafttrain.core.foreign import check_folder, read_json
 from drafttrain.data_gen.sources import Versioned, sources
 from drafttrain.data_gen.sources.generated import Generated
+from drafttrain.drafters.causal_lm.layer_parallel import class_problem, layer_problem
 from drafttrain.eval.prompts import BUILTIN, files_of, prompt_file
 from drafttrain.export import exporters
 from drafttrain.export.layout import text_config
@@ -127,6 +128,8 @@ def _of_target(target: ModelParts, recipe: Recipe) -> Iterator[str]:
     yield from _rows(target)
     yield from _sizes(target, recipe)
     yield from _positions(target, recipe)
+    if getattr(recipe.drafter, "kind", "") == "causal_lm" and recipe.drafter.init == "target":
+        yield from _layers_in_parallel(target, recipe, num_layers=recipe.drafter.num_layers)
     yield from _formats(target, recipe)
     yield from _questions(target, recipe)
     yield from _writers(target, recipe)
@@ -252,6 +255,7 @@ def _of_start(drafter: ModelParts, target: ModelParts, recipe: Recipe) -> Iterat
     """Yield why training cannot start from a drafter folder."""
     if recipe.drafter.kind == "causal_lm":
         drafter.check_causal_lm()
+        yield from _layers_in_parallel(drafter, recipe, num_layers=drafter.config.num_hidden_layers)
     else:
         check_folder(drafter.folder)
         path = drafter.folder / "drafttrain.json"
@@ -262,6 +266,15 @@ def _of_start(drafter: ModelParts, target: ModelParts, recipe: Recipe) -> Iterat
             yield f"{drafter.name} is of kind {kind}, drafter.kind is {recipe.drafter.kind}"
             return
     yield from _same_tokenizer(drafter, target)
+
+
+def _layers_in_parallel(model: ModelParts, recipe: Recipe, *, num_layers: int) -> Iterator[str]:
+    """Yield why so many layers of a model cannot run in parallel, if the evaluation wants that."""
+    size = recipe.eval.layer_parallel_size
+    if size > 1:
+        problems = [*map(class_problem, model.config.architectures or ()), layer_problem(num_layers)]
+        for problem in filter(None, problems):
+            yield f"eval.layer_parallel_size: {size}: {problem}. Set 1"
 
 
 def _reads_for(drafter: ModelParts, target: ModelParts) -> Iterator[str]:

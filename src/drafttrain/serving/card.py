@@ -15,7 +15,7 @@ from drafttrain.eval.table import (
     CARRIES_OVER_CAPTION,
     THIS_MACHINE_CAPTION,
     alpha_cell,
-    in_words,
+    drafting_in_words,
     slice_rows,
 )
 from drafttrain.export.markdown import block, code, plain
@@ -61,7 +61,7 @@ def model_card(name: str, result: Result, *, drafter: str, recipe: str, command:
     found = next((parity for parity in parities if parity is not None), None)
     parity_line = f"Greedy parity with the target: {found.text}." if found else "Greedy parity was not measured."
     target, made = result.target, result.provenance
-    length = in_words(result.settings["length"])
+    length = drafting_in_words(result)
     if result.lossy:
         rule = result.settings["rule"]["kind"]
         parity_line = f"**LOSSY**: measured with the acceptance rule `{rule}`, which changes the target's output."

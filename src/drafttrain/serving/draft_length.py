@@ -42,7 +42,8 @@ def _lengths(result: Result, *, most: int | None) -> list[DraftLength]:
     arms = [arm for arm in result.greedy_or_first.drafters.values() if arm.length["kind"] == "fixed" and arm.replay]
     if not arms:
         raise CheckpointError(
-            "eval.json: no chain of fixed length was evaluated. Evaluate with eval.length.kind: fixed."
+            "eval.json: no chain of fixed length was evaluated that replay can compute. Evaluate with eval.length.kind: fixed and "
+            "eval.layer_parallel_size: 1."
         )
     figures = arms[0]
     drafted = figures.vllm.num_draft_tokens / figures.vllm.num_drafts

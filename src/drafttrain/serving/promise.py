@@ -55,7 +55,7 @@ class Promise:
 def promise_of(result: Result, *, temperature: float, num_draft_tokens: int) -> Promise | None:
     """Return the promise of an evaluation at a temperature and draft length; None: it makes none."""
     arms = _fixed_arms(result, temperature=temperature)
-    for length, figures in arms:
+    for length, figures in arms if not result.changed_rounds else ():
         if length == num_draft_tokens:
             return Promise(figures.block_efficiency, figures.acceptance_by_position, "decoded")
     for _, figures in arms:

@@ -33,12 +33,13 @@ MOST_WEIGHTS = 1 << 29
 
 def decoding_lm(model: Any, *, listener: ForwardListener | None = None) -> DecodingLM | CachedLM:
     """Return the drafter on plain tensors, or as transformers runs it."""
-    made = DecodingLM if is_plain(model) else CachedLM
+    small = sum(weight.numel() for weight in model.parameters()) <= MOST_WEIGHTS
+    made = DecodingLM if small and is_plain(model) else CachedLM
     return made(model, name="drafter", listener=listener)
 
 
 def is_plain(model: Any) -> bool:
-    """Return whether a model is what `DecodingLM` computes: a small Llama with unchanged modules on one device."""
+    """Return whether a model is what `DecodingLM` computes: a Llama with unchanged modules on one device."""
     config = model.config
     return (
         type(model).__name__ in PLAIN_MODELS
@@ -48,7 +49,6 @@ def is_plain(model: Any) -> bool:
         and model.model.rotary_emb.rope_type in FIXED_ANGLES
         and all(_is_unchanged(module) for module in model.modules())
         and len({(weight.device, weight.dtype) for weight in model.parameters()}) == 1
-        and sum(weight.numel() for weight in model.parameters()) <= MOST_WEIGHTS
     )
 
 
@@ -82,7 +82,7 @@ class DecodingLM:
         """By sequence, the parents of the pending tokens (see `Tree`); None: all of them form chains."""
         self._listener = listener
         self._embedding_VD = trunk.embed_tokens.weight.detach()
-        self._layers = [_Layer(layer) for layer in trunk.layers]
+        self._layers = [DecodingLayer(layer) for layer in trunk.layers]
         self._norm = _norm(trunk.norm)
         self._head = product_with([model.lm_head])
         self._turns = TurnTable(lambda positions_BN, like: trunk.rotary_emb(like, positions_BN))
@@ -204,9 +204,15 @@ class DecodingLM:
 
         stream_BND = embedding(tokens_BN, self._embedding_VD)
         turn = self._turns.at(positions_BN, last=end - 1, like=stream_BND)
-        for layer in self._layers:
-            stream_BND = layer(stream_BND, turn, store, allowed_BNC, causal=prompts)
+        for group in self._groups():
+            attended = [layer.attended(stream_BND, turn, store, allowed_BNC, causal=prompts) for layer in group]
+            for layer, added_BND in zip(group, attended, strict=True):
+                stream_BND = layer.fed(stream_BND + added_BND)
         return self._norm(stream_BND) if wanted else stream_BND
+
+    def _groups(self) -> list[list[DecodingLayer]]:
+        """Return the layers in order, in groups whose attention reads the same states."""
+        return [[layer] for layer in self._layers]
 
     def _allowed(self, parents: Sequence[Tree] | None, *, width: int) -> Tensor | None:
         """Return the columns that each node may attend to; None: all of them."""
@@ -242,7 +248,7 @@ class DecodingLM:
         )
 
 
-class _Layer:
+class DecodingLayer:
     """A decoder layer and its keys and values."""
 
     def __init__(self, layer: Any) -> None:
@@ -251,7 +257,7 @@ class _Layer:
         self._mlp = DecodingSwiGLU(layer.mlp)
         self._first, self._second = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
 
-    def __call__(
+    def attended(
         self,
         stream_BND: Tensor,
         turn: Turn,
@@ -260,14 +266,17 @@ class _Layer:
         *,
         causal: bool,
     ) -> Tensor:
-        """Return the residual stream after the layer.
+        """Return what attention adds to the residual stream.
 
         Args:
             store: Writes new keys and values; returns those of all columns.
         """
         query, key, value = self._attention.project(self._first(stream_BND), turn)
         keys, values = store(self.columns, key, value)
-        stream_BND = stream_BND + self._attention.output(attend(query, keys, values, allowed_BNC, causal=causal))
+        return self._attention.output(attend(query, keys, values, allowed_BNC, causal=causal))
+
+    def fed(self, stream_BND: Tensor) -> Tensor:
+        """Return the residual stream after the feed-forward block, which reads it with the attention's part added."""
         return stream_BND + self._mlp(self._second(stream_BND))
 
 

@@ -21,6 +21,7 @@ from drafttrain.core.settings import setting
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.causal_lm.across_tokenizers import EncodedText, SharedTokens
 from drafttrain.drafters.causal_lm.cut import cut_from
+from drafttrain.drafters.causal_lm.layer_parallel import check_layer_parallel
 from drafttrain.drafters.causal_lm.own_text import own_text
 from drafttrain.drafters.causal_lm.projected import projected
 from drafttrain.drafters.causal_lm.proposer import ChainProposer
@@ -265,6 +266,7 @@ class CausalLMDrafter(Drafter):
             num_tokens=target.num_tokens,
             listener=listener,
             draft=self.draft,
+            layer_parallel_size=self.layer_parallel_size,
         )
 
     def _in_own_tokens(self, other: OtherTokenizer, target: Target, listener: ForwardListener | None) -> Proposer:
@@ -277,6 +279,7 @@ class CausalLMDrafter(Drafter):
             # The walk compares strings with the target's draw. A draw of the drafter's matches it less often than its likeliest token.
             draft="greedy" if self.drafts_strings else self.draft,
             only=None if self.drafts_strings else other.own_R,
+            layer_parallel_size=self.layer_parallel_size,
         )
         shared = SharedTokens(other, vocab_size=target.vocab_size)
         return RetokenizedProposer(drafts, other, EncodedText(other) if self.drafts_strings else shared)
@@ -285,6 +288,11 @@ class CausalLMDrafter(Drafter):
         """Draft any own token, if it has its own tokenizer, and propose the target's tokens of the text."""
         self.drafts_strings = self.other is not None
         return self.drafts_strings
+
+    def run_layers_parallel(self, size: int) -> None:
+        """From now on, draft with the attention of `size` layers on the same states."""
+        check_layer_parallel(self.model)
+        self.layer_parallel_size = size
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder; with the tokenizer if it is the drafter's own."""

@@ -17,6 +17,7 @@ from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.drafters.causal_lm.decoding import decoding_lm
+from drafttrain.drafters.causal_lm.layer_parallel import LayerParallelLM
 from drafttrain.drafters.chain_draft import ChainDraft
 from drafttrain.drafters.tree_draft import TreeDraft, Trees
 
@@ -29,6 +30,7 @@ class ChainProposer:
         num_tokens: Ids that the tokenizer can produce; the drafter's other rows are padding and get no probability.
         draft: `sampled`, or `greedy`: FIXED nodes at every temperature, as vLLM drafts.
         only: The tokens that may be drafted; None: all.
+        layer_parallel_size: Layers that read the same states while it drafts (`LayerParallelLM`); 1: none.
     """
 
     needs = TargetNeeds()
@@ -42,8 +44,13 @@ class ChainProposer:
         listener: ForwardListener | None = None,
         draft: str = "sampled",
         only: Tensor | None = None,
+        layer_parallel_size: int = 1,
     ) -> None:
-        self._lm = decoding_lm(model, listener=listener)
+        self._lm = (
+            decoding_lm(model, listener=listener)
+            if layer_parallel_size == 1
+            else LayerParallelLM(model, layer_parallel_size, name="drafter", listener=listener)
+        )
         rows = int(model.get_output_embeddings().weight.shape[0])
         vocabulary = DraftVocabulary(
             None, num_tokens=min(rows, target_vocab_size, num_tokens or target_vocab_size), only=only
