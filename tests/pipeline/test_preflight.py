@@ -59,6 +59,23 @@ def test_parts_that_fit_are_checked_without_reading_weights(place: Path) -> None
     check_parts(load_recipe("r.yaml"))
 
 
+def test_chats_to_evaluate_on_need_a_chat_template(place: Path) -> None:
+    """They are found before texts are written and cached, not after."""
+    without_weights(place / "target")
+    chats = ["eval.prompts=builtin:chat", "eval.validation_prompts=builtin:chat_validation"]
+    found = problems(*chats)
+    assert [problem.partition(": /")[0] for problem in found] == [
+        f"target.model: eval.{key}" for key in ("prompts", "validation_prompts")
+    ]
+    assert found[0].endswith(
+        "chat.jsonl: 12 lines are not prompts, the first: line 1: a chat, but the tokenizer has no chat template: use prompt and "
+        "completion, or text"
+    )
+    # The control: with a template they can be read.
+    (place / "target" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    check_parts(load_recipe("r.yaml", chats))
+
+
 def test_fewer_rows_than_the_tokenizer_has_tokens(place: Path) -> None:
     without_weights(place / "target", vocab_size=250)
     (problem,) = problems()

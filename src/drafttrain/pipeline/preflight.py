@@ -18,7 +18,7 @@ from drafttrain.core.errors import CheckpointError, DataError, RecipeError
 from drafttrain.core.foreign import check_folder, read_json
 from drafttrain.data_gen.sources import Versioned, sources
 from drafttrain.data_gen.sources.generated import Generated
-from drafttrain.eval.prompts import BUILTIN, files_of, prompt_file
+from drafttrain.eval.prompts import BUILTIN, Prompts, files_of, prompt_file, read_prompts
 from drafttrain.export import exporters
 from drafttrain.export.layout import text_config
 from drafttrain.pipeline.model_parts import ModelParts, NotHere, target_parts
@@ -31,6 +31,8 @@ from drafttrain.target_model.tokenizer import check_same_tokenizer, tokenizer_fi
 FIRST_SHOWN = 3
 OWN_TOKENIZER, TARGET_TOKENIZER = "drafter.tokenizer", "target.tokenizer"
 """Keys that name a tokenizer without a model."""
+PROMPTS = ("prompts", "validation_prompts")
+"""Keys of `eval` that name prompts."""
 PYTHON_TEXT = ("builtin:test", "builtin:validation")
 """Built-in prompts of source code."""
 
@@ -129,6 +131,7 @@ def _of_target(target: ModelParts, recipe: Recipe) -> Iterator[str]:
     yield from _positions(target, recipe)
     yield from _formats(target, recipe)
     yield from _questions(target, recipe)
+    yield from _chats(target, recipe)
     yield from _writers(target, recipe)
     for note in (_window(target.config, recipe), _prompts_of_another_kind(target, recipe)):
         if note:
@@ -207,6 +210,20 @@ def _questions(target: ModelParts, recipe: Recipe) -> Iterator[str]:
     for key, source in recipe.data.generate.prompt_sources().items():
         if source.kind == "magpie" and source.path is None:
             yield f"{target.name} has no chat template, so it cannot write the questions of {key} (magpie)"
+
+
+def _chats(target: ModelParts, recipe: Recipe) -> Iterator[str]:
+    """Yield the prompts of the evaluation that need a chat template, if the target has none."""
+    if target.tokenizer.chat_template:
+        return
+    for key in PROMPTS:
+        prompts = getattr(recipe.eval, key)
+        try:
+            if not any(_missing(prompts)):
+                read_prompts(prompts, target.tokenizer, prompt_tokens=recipe.eval.prompt_tokens)
+        except DataError as error:
+            what, first, *_ = [*str(error).splitlines(), ""]
+            yield f"eval.{key}: {what}{first and f', the first: {first.strip()}'}"
 
 
 def _writers(target: ModelParts, recipe: Recipe) -> Iterator[str]:
@@ -315,9 +332,14 @@ def _of_texts(recipe: Recipe) -> Iterator[str]:
                 source.version()
         except (DataError, OSError) as error:
             yield f"{key}: {error}"
-    for key in ("prompts", "validation_prompts"):
-        for file in files_of(getattr(recipe.eval, key)):
-            try:
-                prompt_file(file.path)
-            except DataError as error:
-                yield f"eval.{key}: {error}"
+    for key in PROMPTS:
+        yield from (f"eval.{key}: {problem}" for problem in _missing(getattr(recipe.eval, key)))
+
+
+def _missing(prompts: Prompts) -> Iterator[str]:
+    """Yield the files of prompts that do not exist."""
+    for file in files_of(prompts):
+        try:
+            prompt_file(file.path)
+        except DataError as error:
+            yield str(error)
