@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Lfm2Config
 from typer.testing import CliRunner
 
 from drafttrain.cli import app
@@ -74,6 +75,17 @@ def test_chats_to_evaluate_on_need_a_chat_template(place: Path) -> None:
     # The control: with a template they can be read.
     (place / "target" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     check_parts(load_recipe("r.yaml", chats))
+
+
+def test_a_target_whose_state_cannot_be_rolled_back(place: Path) -> None:
+    config = Lfm2Config(vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, full_attn_idxs=[1])
+    config.architectures = ["Lfm2ForCausalLM"]
+    config.save_pretrained(place / "target")
+    (problem,) = problems()
+    assert problem.startswith("target.model: target: layers of kind conv have a state that cannot be rolled back")
+    # The control: with attention alone it can be.
+    without_weights(place / "target", layer_types=["full_attention"] * 2)
+    check_parts(load_recipe("r.yaml"))
 
 
 def test_fewer_rows_than_the_tokenizer_has_tokens(place: Path) -> None:

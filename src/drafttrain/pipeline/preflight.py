@@ -22,6 +22,7 @@ from drafttrain.eval.prompts import BUILTIN, Prompts, files_of, prompt_file, rea
 from drafttrain.export import exporters
 from drafttrain.export.layout import text_config
 from drafttrain.pipeline.model_parts import ModelParts, NotHere, target_parts
+from drafttrain.target_model.cached_lm import sliding_window
 from drafttrain.target_model.end_tokens import end_of_text_id
 from drafttrain.target_model.folder_checks import check_model_files
 from drafttrain.target_model.folders import fingerprint_of
@@ -133,7 +134,7 @@ def _of_target(target: ModelParts, recipe: Recipe) -> Iterator[str]:
     yield from _questions(target, recipe)
     yield from _chats(target, recipe)
     yield from _writers(target, recipe)
-    for note in (_window(target.config, recipe), _prompts_of_another_kind(target, recipe)):
+    for note in (_window(target, recipe), _prompts_of_another_kind(target, recipe)):
         if note:
             say(f"{target.key}: {note}")
 
@@ -243,12 +244,14 @@ def _writers(target: ModelParts, recipe: Recipe) -> Iterator[str]:
                 break
 
 
-def _window(config: Any, recipe: Recipe) -> str | None:
-    """Return a note on the cost of the target's sliding window; None if it has none that matters."""
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    slides = "sliding_attention" in kinds if isinstance(kinds, list) else getattr(config, "use_sliding_window", True)
-    longest = recipe.data.max_length
-    if not isinstance(window, int) or not slides or window > longest:
+def _window(target: ModelParts, recipe: Recipe) -> str | None:
+    """Return a note on the cost of the target's sliding window; None if it has none that matters.
+
+    Raises:
+        CheckpointError: A layer has a state that cannot be rolled back.
+    """
+    window, longest = sliding_window(target.config, name=target.name), recipe.data.max_length
+    if window is None or window > longest:
         return None
     return f"the target has a sliding window of {window} and data.max_length is {longest}: longer texts are decoded one at a time"
 
