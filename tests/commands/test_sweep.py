@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from drafttrain.checkpoint import About
@@ -28,7 +30,7 @@ from drafttrain.eval.statistics import ratio_difference, ratio_interval
 from drafttrain.pipeline.auto_types import resolve_auto_types
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.shared_data import cached_together, share_data
-from drafttrain.pipeline.sweep_report import markdown
+from drafttrain.pipeline.sweep_report import markdown, write_sweep
 from drafttrain.pipeline.sweep_result import Finished, SweepResult, read_finished, sweep_result
 from tests.eval.results import figures, result
 
@@ -66,11 +68,11 @@ class Finisher:
         write_text(run.recipe, dump_recipe(resolve_auto_types(recipe, None)))
         write_json(run.train_done, {"drafter": "best", "best_step": 10, "last_step": 20})
         rows = [
-            "step,tokens,seconds,validation_block_efficiency",
-            "0,0,0,1.5",
-            f"10,500,2,{2 + recipe.train.lr}",
-            "15,700,3,",
-            "20,1000,4,1.75",
+            "step,tokens,seconds,validation_block_efficiency,validation_block_efficiency_low,validation_block_efficiency_high",
+            "0,0,0,1.5,1.4,1.7",
+            f"10,500,2,{2 + recipe.train.lr},{1.75 - recipe.seed / 2},{2.25 + recipe.seed / 2}",
+            "15,700,3,,,",
+            "20,1000,4,1.75,nan,nan",
         ]
         write_text(run.train / "metrics.csv", "\n".join(rows) + "\n")
         write_json(run.inputs, {"data.sources.0": {"path": "text.txt", "digest": "1"}})
@@ -131,8 +133,11 @@ def test_table_json_and_picture_name_every_arm(whole):
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     content = json.loads((folder / "sweep.json").read_text())
     assert [arm["name"] for arm in content["arms"]] == [arm.name for arm in found.arms]
-    point = {"step": 10, "tokens": 500.0, "seconds": 2.0, "block_efficiency": pytest.approx(2.001)}
+    # The bounds of the seeds are 0.25 and 0.75 around 2.
+    bounds = {"low": pytest.approx(1.5), "high": pytest.approx(2.5)}
+    point = {"step": 10, "tokens": 500.0, "seconds": 2.0, "block_efficiency": pytest.approx(2.001)} | bounds
     assert content["arms"][0]["curve"][1] == point
+    assert content["arms"][0]["curve"][2]["low"] is None
     assert content["arms"][0]["temperatures"][0]["prompts"][0]["id"] == "a"
 
 
@@ -162,6 +167,52 @@ def test_the_validated_figure_is_that_of_the_step_that_was_exported(tmp_path):
     about = About("causal_lm", "builtin:target", "", "", 4096, trained_steps=20)
     replace(made, drafters={"drafter": replace(made.drafters["drafter"], about=about)}).write(path)
     assert read_finished(tmp_path, seed=0).run.validated == 1.75
+
+
+def test_a_curve_is_drawn_with_its_intervals_and_without_them_where_a_run_has_none(tmp_path):
+    def drawn(name: str, columns: int) -> bytes:
+        folder = tmp_path / name
+        Finisher()(load_recipe("demo", ["train.lr=1e-3"]), folder / "run")
+        path = folder / "run" / "metrics.csv"
+        rows = [line.split(",") for line in path.read_text().splitlines()]
+        path.write_text("".join(",".join(row[:columns]) + "\n" for row in rows))
+        runs = {"arm": [read_finished(folder / "run", seed=0)]}
+        found = sweep_result(runs, settings={"arm": {"a": "1"}}, axes={"a": ["1"]}, rate=None, recipe="demo", failed={})
+        assert [math.isnan(point.low) for point in found.arms[0].curve] == [columns < 6, columns < 6, True]
+        write_sweep(folder, found)
+        return (folder / "sweep.png").read_bytes()
+
+    older = drawn("older", 4)
+    assert older == drawn("same", 4)
+    assert older != drawn("now", 6)
+
+
+def test_the_interval_of_a_point_over_seeds_is_no_narrower_than_that_of_summed_counts(tmp_path):
+    """It is as wide where the prompts of all seeds err alike, and wider where they do not."""
+    tokens = np.full(24, 60.0)
+    first, second = (np.random.default_rng(seed).uniform(20, 40, 24) for seed in (0, 1))
+
+    def reach(*rounds_of_seeds: np.ndarray) -> tuple[float, float]:
+        """Return half the width of the point's interval, and of that of the counts summed over the seeds."""
+        finished = []
+        for seed, rounds in enumerate(rounds_of_seeds):
+            folder = tmp_path / str(len(list(tmp_path.iterdir())))
+            Finisher()(load_recipe("demo", ["train.lr=1e-3"]), folder)
+            own = ratio_interval(tokens, rounds)
+            head = (folder / "metrics.csv").read_text().splitlines()[0]
+            (folder / "metrics.csv").write_text(f"{head}\n20,1000,4,{own.value!r},{own.low!r},{own.high!r}\n")
+            finished.append(read_finished(folder, seed=seed))
+        runs = {"arm": finished}
+        found = sweep_result(runs, settings={"arm": {"a": "1"}}, axes={"a": ["1"]}, rate=None, recipe="demo", failed={})
+        (point,) = found.arms[0].curve
+        summed = ratio_interval(len(rounds_of_seeds) * tokens, sum(rounds_of_seeds))
+        assert point.block_efficiency == pytest.approx(summed.value)
+        return (point.high - point.low) / 2, (summed.high - summed.low) / 2
+
+    alike, by_counts = reach(first, first)
+    assert alike == pytest.approx(by_counts)
+    apart, by_counts = reach(first, second)
+    assert apart > 1.2 * by_counts
 
 
 def finished_runs(folder: Path, rates: dict[str, float]) -> dict[str, list[Finished]]:

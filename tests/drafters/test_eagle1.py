@@ -10,9 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import smooth_l1_loss
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.drafters.eagle.eagle1 import Eagle1Settings, noise
+from drafttrain.target_model import Target
+from tests.conftest import byte_tokenizer
 from tests.drafters.eagle_models import eagle_drafter, eagle_target, packed
 from tests.drafters.test_eagle3 import exported
 
@@ -41,6 +44,22 @@ def test_the_exported_folder_has_vllms_names_and_reads_back(target, tmp_path):
     again = read_drafter(folder, target, dtype="float64")
     batch, _ = packed(target, drafter, (9, 6), width=15)
     assert torch.equal(drafter(batch).logits_BTV(1), again(batch).logits_BTV(1))
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3", "p_eagle"])
+def test_layers_read_the_rows_of_the_embedding_that_engines_share_with_them(kind):
+    """Without the factor of a target that scales them in its embedding: vLLM and SGLang share the matrix alone."""
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    config = Gemma3TextConfig(vocab_size=257, hidden_size=32, intermediate_size=48, pad_token_id=0, **sizes)
+    model = Gemma3ForCausalLM(config).double().eval()
+    target = Target(model, byte_tokenizer(), name="tiny", fingerprint="")
+    own = {"mask_token_id": 256} if kind == "p_eagle" else {}
+    drafter = eagle_drafter(kind, target, **own)
+    tokens_BT = torch.randint(1, 257, (2, 5))
+    assert torch.equal(drafter.embed(tokens_BT), model.state_dict()["model.embed_tokens.weight"][tokens_BT])
+    # The control: what the target itself reads is 32 ** 0.5 times as large.
+    assert (model.get_input_embeddings()(tokens_BT) / drafter.embed(tokens_BT)).mean().item() == pytest.approx(32**0.5)
 
 
 def test_the_number_of_parameters_follows_the_formula(target):

@@ -13,6 +13,7 @@ from drafttrain.checkpoint import read_drafter
 from drafttrain.core.errors import CheckpointError
 from drafttrain.export import exporters
 from drafttrain.export.convert import check_exported, converted, export_as, exporter_of
+from drafttrain.export.target_weights import scales_embedding
 from tests.conftest import byte_tokenizer
 from tests.export import folders
 
@@ -28,6 +29,24 @@ def test_a_vllm_folder_holds_the_same_tensors_and_nothing_of_ours(kind, source, 
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not [key for key in json.loads((tmp_path / "out" / "config.json").read_text()) if "drafttrain" in key]
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("name", ["vllm", "speculators"])
+@pytest.mark.parametrize("kind", ["dflash", "eagle3"])
+def test_a_block_drafter_of_a_target_that_scales_its_embedding_is_refused_for_vllm(
+    kind, name, source, tmp_path, target_config
+):
+    """vLLM shares the plain rows; a layer of EAGLE-3 norms them, so the factor does not matter to it."""
+    scaled = {**target_config, "model_type": "gemma3_text", "layer_types": ["full_attention"] * 4}
+    assert [scales_embedding(one) for one in (target_config, scaled)] == [False, True]
+    folder = source(kind)
+    if kind == "dflash":
+        with pytest.raises(CheckpointError, match=r"the target \(gemma3_text\) multiplies its embeddings"):
+            export_as(name, folder, tmp_path / "out", target_config=scaled)
+    else:
+        export_as(name, folder, tmp_path / "out", target_config=scaled)
+    # The control: a target that reads plain rows.
+    export_as(name, folder, tmp_path / "plain", target_config=target_config)
 
 
 @pytest.mark.parametrize(

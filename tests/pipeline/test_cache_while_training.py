@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def recipe(tmp_path: Path, save_llama: Any) -> Path:
 
 def trained(recipe: Path, folder: Path, *overrides: str) -> tuple[list[dict[str, str]], dict[str, torch.Tensor]]:
     """Train; return the losses of metrics.csv and the last weights."""
-    run = DrafterRun(load_recipe(recipe, [*PLACED, *overrides]), folder, quiet=True)
+    run = DrafterRun(load_recipe(recipe, [*PLACED, *overrides]), folder)
     run.train()
     with (folder / "metrics.csv").open() as file:
         losses = [
@@ -50,16 +51,34 @@ def test_the_drafter_is_that_of_the_finished_cache(recipe: Path, tmp_path: Path,
     assert all(torch.equal(tensor, ours[name]) for name, tensor in weights.items())
     files = [path.name for path in (tmp_path / "whole" / "data").rglob("*.npy")]
     assert sorted(path.name for path in (tmp_path / "meanwhile" / "data").rglob("*.npy")) == sorted(files)
+    provenance = json.loads((tmp_path / "meanwhile" / "provenance.json").read_text())
+    assert len(provenance) == 1, "the writer is a part of this run"
     # Nothing is missing now, so no other process is started.
-    run = DrafterRun(load_recipe(recipe, [*PLACED, override, MEANWHILE]), tmp_path / "meanwhile", quiet=True)
+    run = DrafterRun(load_recipe(recipe, [*PLACED, override, MEANWHILE]), tmp_path / "meanwhile")
     run.prepare()
     assert run._arriving.missing == 0
+
+
+def test_the_writer_leaves_the_files_of_the_run_as_they_are(recipe: Path, tmp_path: Path) -> None:
+    folder, loaded = tmp_path / "run", load_recipe(recipe, [*PLACED, MEANWHILE])
+    DrafterRun(loaded, folder)
+
+    def held() -> dict[str, tuple[bytes, int]]:
+        return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()}
+
+    before = held()
+    assert {"recipe.yaml", "provenance.json", "inputs.json"} <= before.keys()
+    DrafterRun(loaded, folder, opening="join")
+    assert held() == before
+    # The control: a run that continues is noted.
+    DrafterRun(loaded, folder)
+    assert held() != before
 
 
 @pytest.mark.processes
 def test_a_writer_that_fails_is_named_and_one_that_works_ends_when_it_is_closed(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    DrafterRun(load_recipe(recipe, [*PLACED, MEANWHILE]), folder, quiet=True)
+    DrafterRun(load_recipe(recipe, [*PLACED, MEANWHILE]), folder)
     stored = folder / "recipe.yaml"
     stored.write_text(stored.read_text().replace("text.txt", "gone.txt"))
     writer, limit = CacheProcess(folder), time.monotonic() + LIMIT_SECONDS

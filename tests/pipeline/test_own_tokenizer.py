@@ -66,7 +66,7 @@ def exported(place: Path) -> Path:
     """The folder of an untrained drafter, evaluated."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        run = DrafterRun(load_recipe("r.yaml"), place / "run", quiet=True)
+        run = DrafterRun(load_recipe("r.yaml"), place / "run")
         run.write_start()
         found = evaluate_folders({"drafter": run.folder.start}, run.target, run.recipe.eval, dropped=())
         found.write(run.folder.eval)
@@ -75,9 +75,7 @@ def exported(place: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_drafter_with_its_own_tokenizer_is_trained(place: Path) -> None:
-    run = DrafterRun(
-        load_recipe("r.yaml", ["train.max_steps=60", "train.log_every_steps=20"]), place / "trained", quiet=True
-    )
+    run = DrafterRun(load_recipe("r.yaml", ["train.max_steps=60", "train.log_every_steps=20"]), place / "trained")
     run.prepare()
     run.train()
     with (run.folder.train / "metrics.csv").open() as file:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Lfm2Config
 from typer.testing import CliRunner
 
 from drafttrain.cli import app
@@ -56,6 +57,34 @@ def problems(*overrides: str, **wanted: Any) -> tuple[str, ...]:
 
 def test_parts_that_fit_are_checked_without_reading_weights(place: Path) -> None:
     without_weights(place / "target")
+    check_parts(load_recipe("r.yaml"))
+
+
+def test_chats_to_evaluate_on_need_a_chat_template(place: Path) -> None:
+    """They are found before texts are written and cached, not after."""
+    without_weights(place / "target")
+    chats = ["eval.prompts=builtin:chat", "eval.validation_prompts=builtin:chat_validation"]
+    found = problems(*chats)
+    assert [problem.partition(": /")[0] for problem in found] == [
+        f"target.model: eval.{key}" for key in ("prompts", "validation_prompts")
+    ]
+    assert found[0].endswith(
+        "chat.jsonl: 12 lines are not prompts, the first: line 1: a chat, but the tokenizer has no chat template: use prompt and "
+        "completion, or text"
+    )
+    # The control: with a template they can be read.
+    (place / "target" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    check_parts(load_recipe("r.yaml", chats))
+
+
+def test_a_target_whose_state_cannot_be_rolled_back(place: Path) -> None:
+    config = Lfm2Config(vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, full_attn_idxs=[1])
+    config.architectures = ["Lfm2ForCausalLM"]
+    config.save_pretrained(place / "target")
+    (problem,) = problems()
+    assert problem.startswith("target.model: target: layers of kind conv have a state that cannot be rolled back")
+    # The control: with attention alone it can be.
+    without_weights(place / "target", layer_types=["full_attention"] * 2)
     check_parts(load_recipe("r.yaml"))
 
 

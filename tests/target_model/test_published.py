@@ -14,6 +14,7 @@ WEIGHTS = {
     "Qwen/Qwen3-8B": 8_190_735_360,
     "Qwen/Qwen3-0.6B": 596_049_920,
     "known:smollm2": 134_515_008,
+    "known:gemma3": 268_098_176,
 }
 
 

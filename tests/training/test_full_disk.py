@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from drafttrain.core import console
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.training.result import folder_of_step, kept_steps
+from drafttrain.training.validation import OF_DRAFTERS
 from tests.training.layouts import OnASmallDisk, curve, limit_files, run
 
 NO_CHECKPOINT = 150_000
@@ -90,7 +91,7 @@ def test_the_best_weights_that_had_no_room_are_not_called_the_best(tmp_path: Pat
         def estimate(_: Any) -> dict[str, Any]:
             value = next(values)
             limit_files(5_000 if value == 3.0 else None)
-            return {"block_efficiency": value, "alpha": 0.1, "message": "measured"}
+            return dict.fromkeys(OF_DRAFTERS, value) | {"message": "measured"}
 
         return estimate
 
@@ -111,7 +112,7 @@ def test_the_best_steps_keep_their_weights_in_order(tmp_path: Path) -> None:
     measured = cycle(values.values())
 
     def estimate(_: Any) -> dict[str, Any]:
-        return {"block_efficiency": next(measured), "alpha": 0.1, "message": "measured"}
+        return dict.fromkeys(OF_DRAFTERS, next(measured)) | {"message": "measured"}
 
     folder = tmp_path / "run"
     run(folder, steps=8, estimate=estimate, eval_every_steps=2, checkpoint_every_steps=100, keep_best=3)

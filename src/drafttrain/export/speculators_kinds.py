@@ -17,7 +17,7 @@ from drafttrain.export import FOLDER
 from drafttrain.export.deepspec import vanilla_notes
 from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.target_weights import embedding_of, head_of
-from drafttrain.export.vllm import anchor_problems
+from drafttrain.export.vllm import anchor_problems, embedding_problems
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 VERSION = "0.9.0"
@@ -165,8 +165,8 @@ class DFlash:
     )
 
     def refusals(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
-        """Return a causal block, a root's slot that predicts, a head that cannot be found."""
-        found = anchor_problems(source)
+        """Return a causal block, a root's slot that predicts, an embedding with a factor, a head that cannot be found."""
+        found = [*anchor_problems(source), *embedding_problems(source, target_config)]
         if source.config["dflash_config"].get("causal"):
             found.append("config.json: dflash_config.causal is true: this format has no field for it")
         if HEAD not in source.tensors and _target_head(target_config) is None:

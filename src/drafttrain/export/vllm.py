@@ -11,8 +11,9 @@ from drafttrain.environments.known import VLLM_RELEASE
 from drafttrain.export import Exporter, exporters
 from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.folder import read_config
-from drafttrain.export.layout import counts_outputs, layout_problems
+from drafttrain.export.layout import counts_outputs, layout_problems, text_config
 from drafttrain.export.target_logits import cap_of, scale_of
+from drafttrain.export.target_weights import scales_embedding
 
 ON_FINAL_STATE = ("eagle", "medusa")
 """Kinds whose logits are scaled like the target's: they were trained through its head, or through heads on its final state."""
@@ -44,8 +45,8 @@ class VllmExporter(Exporter):
     readers = "vLLM"
 
     def refusals(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
-        """Return what vLLM lacks: a bias of fc, a root's slot that predicts."""
-        return [*fc_bias_problems(source), *anchor_problems(source)]
+        """Return what vLLM lacks: a bias of fc, a root's slot that predicts, the factor of the target's embedding."""
+        return [*fc_bias_problems(source), *anchor_problems(source), *embedding_problems(source, target_config)]
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
         """Return the files without drafttrain's own fields; the layout is vLLM's already, but for Medusa's vocabulary.
@@ -98,6 +99,16 @@ def anchor_problems(files: DrafterFiles) -> list[str]:
     return [
         f"config.json: sample_from_anchor is true: vLLM {VLLM_RELEASE} and transformers read slot s as a guess of token s, so all "
         "drafts would be one place off: train with drafter.sample_from_anchor=false"
+    ]
+
+
+def embedding_problems(files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
+    """Return that DFlash would read other embeddings than it was trained on, if the target multiplies its own."""
+    if files.kind != "dflash" or not scales_embedding(target_config):
+        return []
+    return [
+        f"the target ({text_config(target_config)['model_type']}) multiplies its embeddings by a factor, and vLLM {VLLM_RELEASE} "
+        "gives DFlash the plain rows: its drafts would be wrong. SGLang, transformers and z-lab's code read them as the target does"
     ]
 
 

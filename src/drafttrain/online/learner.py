@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from drafttrain.core.batches import DraftBatch
-from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.data_gen.stored.logged_distribution import with_logged
@@ -23,6 +22,7 @@ from drafttrain.target_model import Target
 from drafttrain.training.optimizer import build_optimizer
 from drafttrain.training.precision import float32_products, training_autocast
 from drafttrain.training.settings import TrainSettings
+from drafttrain.training.target_outputs import missing, with_target
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,8 @@ class Learner:
             # The target's distribution is logged at all labels, so it is at the refused ones too.
             batch = with_logged(batch, places, records, [one for one in logged if one], num_tokens=self.num_tokens)
         batch = batch.to(self.target.device)
-        needs = self.drafter.needs()
-        rows_needed = self.loss.needs_target and batch.target_rows is None
-        if needs == TargetNeeds() and not rows_needed:
-            return replace(batch, target=TargetOutput())
-        output = self.target.read(batch.tokens_BT, batch.positions_BT, needs | TargetNeeds(final=rows_needed))
-        return replace(
-            batch, target=output, target_rows=self.target.rows_of(output) if rows_needed else batch.target_rows
-        )
+        unread = missing(self.drafter, self.loss, batch)
+        return batch if unread is None else with_target(batch, self.target, unread, self.loss)
 
     def _clip_gradient(self) -> bool:
         """Clip the gradient and return whether it is finite."""

@@ -118,7 +118,7 @@ class RunFolder:
         # Loggers are not compared, so one that is not installed here must not keep a run from being read.
         return load_recipe(str(self.path), ["train.loggers=[csv]"]) if self.recipe.exists() else None
 
-    def open(self, recipe: Recipe, *, quiet: bool = False, evaluates_only: bool = False) -> None:
+    def open(self, recipe: Recipe, *, evaluates_only: bool = False) -> None:
         """Open the folder for a recipe, or continue in it; figures of another evaluation or export are removed.
 
         Args:
@@ -131,7 +131,7 @@ class RunFolder:
         held = self.stored_recipe()
         if held is not None:
             self._check_same_training(held, recipe)
-            if not quiet:
+            if not evaluates_only:
                 say(f"{self.path}: continuing")
             self._remove_stale_results(held, recipe)
         self._check_inputs(recipe, evaluates_only=evaluates_only)

@@ -19,10 +19,11 @@ from drafttrain.core.foreign import check_folder, read_json
 from drafttrain.data_gen.sources import Versioned, sources
 from drafttrain.data_gen.sources.generated import Generated
 from drafttrain.drafters.causal_lm.layer_parallel import class_problem, layer_problem
-from drafttrain.eval.prompts import BUILTIN, files_of, prompt_file
+from drafttrain.eval.prompts import BUILTIN, Prompts, files_of, prompt_file, read_prompts
 from drafttrain.export import exporters
 from drafttrain.export.layout import text_config
 from drafttrain.pipeline.model_parts import ModelParts, NotHere, target_parts
+from drafttrain.target_model.cached_lm import sliding_window
 from drafttrain.target_model.end_tokens import end_of_text_id
 from drafttrain.target_model.folder_checks import check_model_files
 from drafttrain.target_model.folders import fingerprint_of
@@ -32,6 +33,8 @@ from drafttrain.target_model.tokenizer import check_same_tokenizer, tokenizer_fi
 FIRST_SHOWN = 3
 OWN_TOKENIZER, TARGET_TOKENIZER = "drafter.tokenizer", "target.tokenizer"
 """Keys that name a tokenizer without a model."""
+PROMPTS = ("prompts", "validation_prompts")
+"""Keys of `eval` that name prompts."""
 PYTHON_TEXT = ("builtin:test", "builtin:validation")
 """Built-in prompts of source code."""
 
@@ -132,8 +135,9 @@ def _of_target(target: ModelParts, recipe: Recipe) -> Iterator[str]:
         yield from _layers_in_parallel(target, recipe, num_layers=recipe.drafter.num_layers)
     yield from _formats(target, recipe)
     yield from _questions(target, recipe)
+    yield from _chats(target, recipe)
     yield from _writers(target, recipe)
-    for note in (_window(target.config, recipe), _prompts_of_another_kind(target, recipe)):
+    for note in (_window(target, recipe), _prompts_of_another_kind(target, recipe)):
         if note:
             say(f"{target.key}: {note}")
 
@@ -212,6 +216,20 @@ def _questions(target: ModelParts, recipe: Recipe) -> Iterator[str]:
             yield f"{target.name} has no chat template, so it cannot write the questions of {key} (magpie)"
 
 
+def _chats(target: ModelParts, recipe: Recipe) -> Iterator[str]:
+    """Yield the prompts of the evaluation that need a chat template, if the target has none."""
+    if target.tokenizer.chat_template:
+        return
+    for key in PROMPTS:
+        prompts = getattr(recipe.eval, key)
+        try:
+            if not any(_missing(prompts)):
+                read_prompts(prompts, target.tokenizer, prompt_tokens=recipe.eval.prompt_tokens)
+        except DataError as error:
+            what, first, *_ = [*str(error).splitlines(), ""]
+            yield f"eval.{key}: {what}{first and f', the first: {first.strip()}'}"
+
+
 def _writers(target: ModelParts, recipe: Recipe) -> Iterator[str]:
     """Yield the folders of generated texts that another target or tokenizer wrote."""
     for number, source in enumerate(recipe.data.sources):
@@ -229,12 +247,14 @@ def _writers(target: ModelParts, recipe: Recipe) -> Iterator[str]:
                 break
 
 
-def _window(config: Any, recipe: Recipe) -> str | None:
-    """Return a note on the cost of the target's sliding window; None if it has none that matters."""
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    slides = "sliding_attention" in kinds if isinstance(kinds, list) else getattr(config, "use_sliding_window", True)
-    longest = recipe.data.max_length
-    if not isinstance(window, int) or not slides or window > longest:
+def _window(target: ModelParts, recipe: Recipe) -> str | None:
+    """Return a note on the cost of the target's sliding window; None if it has none that matters.
+
+    Raises:
+        CheckpointError: A layer has a state that cannot be rolled back.
+    """
+    window, longest = sliding_window(target.config, name=target.name), recipe.data.max_length
+    if window is None or window > longest:
         return None
     return f"the target has a sliding window of {window} and data.max_length is {longest}: longer texts are decoded one at a time"
 
@@ -328,9 +348,14 @@ def _of_texts(recipe: Recipe) -> Iterator[str]:
                 source.version()
         except (DataError, OSError) as error:
             yield f"{key}: {error}"
-    for key in ("prompts", "validation_prompts"):
-        for file in files_of(getattr(recipe.eval, key)):
-            try:
-                prompt_file(file.path)
-            except DataError as error:
-                yield f"eval.{key}: {error}"
+    for key in PROMPTS:
+        yield from (f"eval.{key}: {problem}" for problem in _missing(getattr(recipe.eval, key)))
+
+
+def _missing(prompts: Prompts) -> Iterator[str]:
+    """Yield the files of prompts that do not exist."""
+    for file in files_of(prompts):
+        try:
+            prompt_file(file.path)
+        except DataError as error:
+            yield str(error)

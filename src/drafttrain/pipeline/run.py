@@ -11,7 +11,7 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
@@ -32,13 +32,16 @@ from drafttrain.target_model import Target
 from drafttrain.target_model.tokenizer import load_target_tokenizer, num_ids
 from drafttrain.training.result import TrainResult, folder_of_step, kept_steps
 
+Opening = Literal["train", "evaluate", "join"]
+
 
 class Run(ABC):
     """A recipe at work in its folder; its stages share what is loaded.
 
     Args:
         placement: Where the target is during data generation and training (`train.target_placement`).
-        evaluates_only: Nothing is trained: inputs that only a training reads are not checked.
+        opening: `evaluate`: nothing is trained, so inputs that only a training reads are not checked. `join`: another process has
+            opened the folder for the same recipe, so its files stay as they are.
     """
 
     what: ClassVar[str]
@@ -49,9 +52,8 @@ class Run(ABC):
         recipe: Recipe,
         folder: Path,
         *,
-        quiet: bool = False,
         placement: str = "replicated",
-        evaluates_only: bool = False,
+        opening: Opening = "train",
     ) -> None:
         quiet_libraries()
         self.placement = placement
@@ -59,8 +61,8 @@ class Run(ABC):
         with first_before_others("it opens the run folder"):
             # The others read the number types that the first process chose.
             recipe = resolve_auto_types(recipe, self.folder.stored_recipe())
-            if is_first():
-                self.folder.open(recipe, quiet=quiet, evaluates_only=evaluates_only)
+            if is_first() and opening != "join":
+                self.folder.open(recipe, evaluates_only=opening == "evaluate")
         self.recipe = recipe
         self.resolved = dump_recipe(recipe)
         if recipe.train.num_threads:

@@ -131,13 +131,15 @@ def _draw(axes: Sequence[Any], result: SweepResult) -> None:
 
 
 def _curves(axes: Sequence[Any], arm: ArmFigures, colour: Any) -> None:
-    """Draw the validated curve of an arm, and its end on the test prompts, against tokens and against seconds."""
-    values = [point.block_efficiency for point in arm.curve]
+    """Draw the validated curve of an arm with its intervals, and its end on the test prompts, against tokens and seconds."""
+    values, lows, highs = ([getattr(p, name) for p in arm.curve] for name in ("block_efficiency", "low", "high"))
     ends = [part.block_efficiency.value for part in arm.temperatures[:1]]
     for ax, what in zip(axes, ("tokens", "seconds"), strict=True):
-        ax.plot([getattr(p, what) for p in arm.curve], values, "o-", ms=3, lw=1, color=colour, label=label(arm.name))
+        places = [getattr(point, what) for point in arm.curve]
+        ax.plot(places, values, "o-", ms=3, lw=1, color=colour, label=label(arm.name))
+        ax.fill_between(places, lows, highs, color=colour, alpha=0.15, lw=0)
         ax.plot([getattr(arm, what)] * len(ends), ends, "D", ms=6, mfc="none", color=colour)
-    axes[0].set_title("lines: validation prompts; diamonds: test prompts", fontsize=8)
+    axes[0].set_title("lines: validation prompts, 95 %; diamonds: test prompts", fontsize=8)
 
 
 def _differences(ax: Any, result: SweepResult, colours: Sequence[Any]) -> None:

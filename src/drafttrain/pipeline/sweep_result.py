@@ -44,6 +44,9 @@ class CurvePoint:
     """Since the start of the training, validations included."""
     block_efficiency: float
     """By replay on the validation prompts."""
+    low: float
+    """Of its 95 % interval over the validation prompts; nan: one prompt, or a run of a version that did not store it."""
+    high: float
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,13 @@ def read_finished(folder: Path, *, seed: int) -> Finished:
         with (run.train / "metrics.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         curve = [
-            CurvePoint(int(r["step"]), float(r["tokens"]), float(r["seconds"]), float(r[VALIDATED]))
+            CurvePoint(
+                int(r["step"]),
+                float(r["tokens"]),
+                float(r["seconds"]),
+                float(r[VALIDATED]),
+                *(float(r.get(f"{VALIDATED}_{end}") or "nan") for end in ("low", "high")),
+            )
             for r in rows
             if r.get(VALIDATED)
         ]
@@ -243,15 +252,24 @@ def _curve(runs: Sequence[SweepRun]) -> list[CurvePoint]:
     """Return the curve over the seeds, at the steps that all of them validated."""
     by_step = [{point.step: point for point in run.curve} for run in runs]
     steps = sorted(set.intersection(*map(set, by_step)))
-    return [
-        CurvePoint(
-            step,
-            fmean(points[step].tokens for points in by_step),
-            fmean(points[step].seconds for points in by_step),
-            _over_seeds([points[step].block_efficiency for points in by_step]),
-        )
-        for step in steps
-    ]
+    return [_mean([points[step] for points in by_step]) for step in steps]
+
+
+def _mean(points: Sequence[CurvePoint]) -> CurvePoint:
+    """Return the same step of all seeds as one point.
+
+    Its interval has the mean reach of theirs. It is about prompts, and wide enough: all seeds are measured on the same
+    prompts, and a mean has at most the mean of the standard errors, which it has where these errors go together.
+    """
+    value = _over_seeds([one.block_efficiency for one in points])
+    return CurvePoint(
+        points[0].step,
+        fmean(one.tokens for one in points),
+        fmean(one.seconds for one in points),
+        value,
+        value - fmean(one.block_efficiency - one.low for one in points),
+        value + fmean(one.high - one.block_efficiency for one in points),
+    )
 
 
 def _over_seeds(efficiencies: Sequence[float]) -> float:

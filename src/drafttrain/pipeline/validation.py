@@ -6,7 +6,7 @@ The texts are what the target writes after the validation prompts; every draft l
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,11 @@ from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import TokenCount, continuations
 from drafttrain.data_gen.states import states
 from drafttrain.data_gen.stored.validation_target import cached_continuations, cached_target
+from drafttrain.eval.interval import Interval
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.repetition import tokens_before_repetition
-from drafttrain.eval.replay import Text, expected_rounds, mean_bound, replay_rows
+from drafttrain.eval.replay import ReplayRows, Text, expected_rounds, mean_bound, replay_rows
+from drafttrain.eval.statistics import ratio_interval
 from drafttrain.pipeline.data import contaminated_prompts
 from drafttrain.pipeline.evaluating import check_lengths
 from drafttrain.pipeline.run import Run
@@ -112,18 +114,27 @@ class Validation:
         def estimate(drafter: Any) -> dict[str, Any]:
             with drafter.adapting(target):
                 rows = replay_rows(target, drafter, texts, self.sampling, num_depths=max(lengths))
-            by_length = {k: tokens / sum(expected_rounds(r, k) for r in rows) for k in lengths}
+            by_length = {k: replayed_efficiency(rows, k) for k in lengths}
             alpha = sum(float(r.acceptance_T.sum()) for r in rows) / tokens
             most = (
                 ""
                 if drafter.vocabulary is None
                 else f" (at most {mean_bound(rows):.3f}, the target's probability of the draft vocabulary)"
             )
-            efficiencies = "  ".join(f"K={k}: {value:.2f}" for k, value in by_length.items())
+            efficiencies = "  ".join(f"K={k}: {found.value:.2f}" for k, found in by_length.items())
             return {
-                "block_efficiency": by_length[length],
+                "block_efficiency": by_length[length].value,
+                "block_efficiency_low": by_length[length].low,
+                "block_efficiency_high": by_length[length].high,
                 "alpha": alpha,
                 "message": f"block efficiency by replay {efficiencies}  alpha {alpha:.3f}{most}",
             }
 
         return estimate
+
+
+def replayed_efficiency(rows: Sequence[ReplayRows], num_draft_tokens: int) -> Interval:
+    """Return the block efficiency of this draft length by replay: new tokens / expected rounds, with its interval over texts."""
+    return ratio_interval(
+        [len(one.acceptance_T) for one in rows], [expected_rounds(one, num_draft_tokens) for one in rows]
+    )

@@ -51,7 +51,7 @@ class CachedLM:
         self.listener = listener
         self.device = next(model.parameters()).device
         self._config = model.config.get_text_config()
-        self._window = _window(self._config, name=name)
+        self._window = sliding_window(self._config, name=name)
         _refuse_states_that_cannot_roll_back(model, name=name)
         self._trunk = trunk(model)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -348,7 +348,7 @@ def _stacked(rows: Sequence[Tensor] | None, width: int) -> Tensor | None:
     return None if rows is None else torch.stack([pad(row_ND, (0, 0, 0, width - len(row_ND))) for row_ND in rows])
 
 
-def _window(config: Any, *, name: str) -> int | None:
+def sliding_window(config: Any, *, name: str) -> int | None:
     """Return the sliding window in tokens; None: every layer attends to everything.
 
     Raises:

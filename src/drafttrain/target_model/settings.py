@@ -14,7 +14,7 @@ class TargetSettings:
 
     model: str | None = setting(
         "builtin:target",
-        help="A local folder, a GGUF file, a hub id, builtin:target, known:smollm2, or recipe:NAME for that recipe's model; null: "
+        help="A local folder, a GGUF file, a hub id, builtin:target, known:smollm2, known:gemma3, or recipe:NAME for that recipe's model; null: "
         "only a tokenizer.",
     )
     tokenizer: str | None = setting(None, help="Folder, GGUF file or hub id of the tokenizer; null: the model's own.")

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.batches import DraftBatch
-from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.distributed.collectives import sums_over_processes
 from drafttrain.drafters import Drafter
 from drafttrain.losses import Loss
@@ -23,6 +22,7 @@ from drafttrain.target_model.logits import LiveRows
 from drafttrain.training.flops import distill_flops
 from drafttrain.training.settings import TrainSettings
 from drafttrain.training.step_module import StepModule
+from drafttrain.training.target_outputs import missing, with_target
 
 OF_DRAWS = ("drawn_share", "drawn_tokens")
 """Columns of metrics.csv at the step of the row: share of the records that the drafter in training wrote, their mean number of labels."""
@@ -76,39 +76,21 @@ class DistillModule(StepModule):
 
     def planned(self, batch: DraftBatch) -> DraftBatch:
         """Return a micro-batch with the length of the training, and the rows that the loss and the drafter will ask for."""
-        if self.target is not None and (unread := self._unread(batch)) is not None:
+        if self.target is not None and (unread := missing(self.trained, self.loss, batch)) is not None:
             self.target.read_ahead(batch.tokens_BT, batch.positions_BT, unread)
         return with_plan(self.trained, self.loss, replace(batch, num_steps=self.settings.max_steps))
 
-    def _unread(self, batch: DraftBatch) -> TargetNeeds | None:
-        """Return what is read from the target for a micro-batch; None: it has all that is needed."""
-        needs, rows_needed = self.trained.needs(), self._rows_needed(batch)
-        if not rows_needed and (batch.target or TargetOutput()).has(needs):
-            return None
-        return needs | TargetNeeds(final=rows_needed)
-
-    def _rows_needed(self, batch: DraftBatch) -> bool:
-        return self.loss.needs_target and batch.target_rows is None
-
     def _with_target(self, batch: DraftBatch) -> DraftBatch:
-        rows_needed, unread = self._rows_needed(batch), self._unread(batch)
+        unread = missing(self.trained, self.loss, batch)
         reads = unread is not None
-        head = rows_needed or (self.loss.needs_target and isinstance(batch.target_rows, LiveRows))
+        head = self.loss.needs_target and (batch.target_rows is None or isinstance(batch.target_rows, LiveRows))
         blocks = reads and self.target is not None and not self.target.elsewhere
         self.count_later(partial(distill_flops, self.trained, self.target, batch.shape, reads=blocks, head=head))
         if not self._read_by_any(reads):
             return batch
         assert self.target is not None, "the pipeline loads a target when the drafter or the loss needs one"
-        seen = self.target.read(
-            batch.tokens_BT,
-            batch.positions_BT,
-            unread or self.trained.needs(),
-            documents=batch.packed_documents,
-        )
-        if not reads:
-            return batch
-        rows = self.target.rows_of(seen) if rows_needed else batch.target_rows
-        return replace(batch, target=seen.to(batch.tokens_BT.device), target_rows=rows)
+        read = with_target(batch, self.target, unread or self.trained.needs(), self.loss)
+        return read if reads else batch
 
     def _read_by_any(self, reads: bool) -> bool:
         """Return whether this process runs the target; all processes run a sharded target if one of them needs it."""

@@ -21,7 +21,7 @@ from drafttrain.training.callbacks import StepEnd
 from drafttrain.training.settings import TrainSettings
 from drafttrain.training.step_clock import PHASES
 from drafttrain.training.step_module import StepModule
-from drafttrain.training.validation import Validation
+from drafttrain.training.validation import OF_DRAFTERS, Validation
 
 COLUMNS = (
     "step",
@@ -53,7 +53,7 @@ class MetricsLog(StepEnd):
         self.path = path
         self.settings = settings
         self.validation = validation
-        figures = validation.held_out.figures if validation else ("alpha", "block_efficiency")
+        figures = validation.held_out.figures if validation else OF_DRAFTERS
         self.columns = [*COLUMNS, *(f"validation_{name}" for name in figures)]
         """The further figures of the module follow, once it is known."""
         self._unwritten: list[dict[str, Any]] = []

@@ -59,7 +59,7 @@ def train(
 
     Args:
         of_step: The micro-batches of an optimizer step on this rank; a thread calls it, so it must leave all models alone.
-        estimate: From a drafter to `{"block_efficiency", "alpha", "message"}` on held-out prompts.
+        estimate: From a drafter to `OF_DRAFTERS` and `message` on held-out prompts.
         folder: Gets metrics.csv, checkpoints/, best/ and train.json.
         drawing: What draws the late micro-batches of `of_step`.
 

@@ -25,6 +25,9 @@ from drafttrain.training.settings import TrainSettings
 from drafttrain.training.step_module import StepModule
 from drafttrain.training.strategy import whole
 
+OF_DRAFTERS = ("alpha", "block_efficiency", "block_efficiency_low", "block_efficiency_high")
+"""Figures of a drafter; the last two are the 95 % interval over the held-out texts."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -32,7 +35,7 @@ class HeldOut:
 
     estimate: Callable[[Any], Mapping[str, Any]]
     """From a drafter or head in evaluation mode to its figures by name, and `message`: the line that is logged."""
-    figures: tuple[str, ...] = ("alpha", "block_efficiency")
+    figures: tuple[str, ...] = OF_DRAFTERS
     best_by: str = "block_efficiency"
     """The figure that selects the best step; larger is better."""
 

@@ -42,8 +42,8 @@ class EagleDrafter(Drafter):
     _parts: TargetParts
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
-        """Return embedded_BTD."""
-        return self._parts.embed(tokens_BT, dtype=compute_dtype(self.fc.weight))
+        """Return embedded_BTD: the rows of the target's matrix, which engines share with these layers without its factor."""
+        return self._parts.embedding_rows(tokens_BT, dtype=compute_dtype(self.fc.weight))
 
     def embed_at(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
         """Return embedded_BTD, which most kinds read alike at every position."""

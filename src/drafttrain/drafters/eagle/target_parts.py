@@ -24,10 +24,15 @@ class TargetParts:
         self._embedding: Any = target.model.get_input_embeddings()
 
     def embed(self, tokens_BT: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """Return embedded_BTD."""
+        """Return embedded_BTD as the target reads it: Gemma, for one, multiplies the rows of its matrix."""
         with torch.no_grad():
             embedded_BTD: Tensor = self._embedding(tokens_BT.to(self._embedding.weight.device))
         return embedded_BTD.to(tokens_BT.device, dtype)
+
+    def embedding_rows(self, tokens_BT: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """Return the rows of the target's embedding matrix as they are, rows_BTD."""
+        weight_VD: Tensor = self._embedding.weight.detach()
+        return weight_VD[tokens_BT.to(weight_VD.device)].to(tokens_BT.device, dtype)
 
     def head(self, states_ND: Tensor) -> Tensor:
         """Return logits_NV, differentiable in the states."""

@@ -81,7 +81,6 @@ class PEagleDrafter(Eagle3Drafter):
         """Copy the target's head, its final norm and, for an own embedding, its embedding."""
         super().start_weights()
         if self.embed_tokens is not None:
-            # As the target computes it: some scale their rows.
             weight_VD = self.embed_tokens.weight
             every_1V = torch.arange(len(weight_VD), device=weight_VD.device)[None]
             weight_VD.data.copy_(super().embed(every_1V)[0])
