@@ -158,6 +158,8 @@ def _opened(question: Question) -> _Opened:
         settings = replace(settings, **limits)
         result = evaluate_folders({"drafter": folder}, loaded, settings, dropped=())
     drafter = read_drafter(folder, loaded)
+    if result.settings.get("across_tokenizers") == "strings":
+        drafter.draft_strings()  # as its acceptance was measured, of several drafters of each that can
     prompts = read_prompts(settings.prompts, loaded.tokenizer, prompt_tokens=settings.prompt_tokens, limit=1)
     return _Opened(drafter, drafter.adapted(loaded), settings, prompts[0], folder, result)
 
@@ -194,10 +196,7 @@ def _candidates(opened: _Opened) -> list[Candidate]:
 
 def _candidate(opened: _Opened, length: Mapping[str, Any], value: Interval, from_replay: bool) -> Candidate:
     rounds = lone_rounds(opened.drafter, opened.target, opened.prompt, _settings(opened), length=length_of(length))
-    drafted = sum(one.num_draft_tokens for one in rounds) / len(rounds)
-    return Candidate(
-        length, value, from_replay, [one.forwards for one in rounds], drafted, pipelined=_pipelined(opened)
-    )
+    return Candidate(length, value, from_replay, rounds, pipelined=_pipelined(opened))
 
 
 def _pipelined(opened: _Opened) -> bool:
@@ -208,7 +207,7 @@ def _recorded(opened: _Opened) -> Recorded:
     settings, candidates = _settings(opened), _candidates(opened)
     (plain,) = lone_rounds(PLAIN, opened.target, opened.prompt, settings, length=settings.length, count=1)
     sampling = Sampling(_temperature(opened))
-    memory = DecodingMemory.of(opened.target, opened.drafter, sampling, candidates[0].rounds[-1])
+    memory = DecodingMemory.of(opened.target, opened.drafter, sampling, candidates[0].rounds[-1].forwards)
     return Recorded(candidates, plain.forwards[-1], memory)
 
 
