@@ -20,7 +20,7 @@ from drafttrain.eval.result import Result
 from drafttrain.eval.table import show, show_compared
 from drafttrain.pipeline.evaluating import evaluate_folders, with_inputs
 from drafttrain.pipeline.folder import RunFolder
-from drafttrain.pipeline.inputs import inputs_of, is_evaluated_on, target_inputs
+from drafttrain.pipeline.inputs import evaluation_inputs, inputs_of, is_evaluated_on
 from drafttrain.pipeline.judging import command_line
 from drafttrain.pipeline.kinds import kind_of_run
 from drafttrain.pipeline.preflight import check_drafters, check_parts
@@ -137,7 +137,7 @@ def evaluate_named(
     loaded = Target.load(of_target)
     unfinished = out / "eval.unfinished" if out else None
     result = evaluate_folders(named, loaded, settings, dropped=(), unfinished=unfinished, answers=answers)
-    return with_inputs(result, target_inputs(replace(of_target, model=loaded.name), settings.prompts))
+    return with_inputs(result, evaluation_inputs(replace(of_target, model=loaded.name), settings))
 
 
 def write_evaluation(out: Path, result: Result, *, title: str) -> str:
