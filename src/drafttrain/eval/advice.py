@@ -16,6 +16,7 @@ from drafttrain.eval.clock import NO_HOST, TARGET, Clock, Host, pipelined_second
 from drafttrain.eval.decoding_memory import DecodingMemory
 from drafttrain.eval.interval import Interval
 from drafttrain.eval.lone_rounds import LoneRound
+from drafttrain.eval.result import Speedup
 
 MOST_SEQUENCES = 4096
 """Largest batch that is searched for the end of the gain."""
@@ -106,6 +107,16 @@ class End:
 
 
 @dataclass(frozen=True)
+class MeasuredSpeedup:
+    """A speed-up that the evaluation measured itself, on the same machine as a device of the surface."""
+
+    device: str
+    batch: int
+    length: Mapping[str, Any]
+    speedup: Speedup
+
+
+@dataclass(frozen=True)
 class Advice:
     """What `advise` found: advice.json."""
 
@@ -117,6 +128,10 @@ class Advice:
     ends: Sequence[End]
     measured: Sequence[str]
     assumed: Sequence[str]
+    speeds: Sequence[MeasuredSpeedup]
+    """None where the machine of the evaluation was not asked about."""
+    evaluated: str
+    """Date of the evaluation that the acceptance is from."""
 
     def best(self) -> list[Predicted]:
         """Return the fastest length at each device, context and batch; plain decoding is none of them."""
