@@ -66,7 +66,7 @@ def main() -> None:
         count = length.num_draft_tokens
         tau = ratio_interval([len(text.new) for text in texts], [expected_rounds(row, count) for row in rows])
         rounds = lone_rounds(drafter, target, first, settings, length=length)
-        one = Candidate({}, tau, True, [found.forwards for found in rounds], count)
+        one = Candidate({}, tau, True, rounds)
         recorded = Recorded([one], plain_round.forwards[-1], memory)
         predicted = recorded.predicted(one, device, batch=1, context=context).speedup
         found = ratio_of_ratios(_decoded(arm), _decoded(plain))

@@ -181,6 +181,9 @@ def test_a_trained_run_is_judged_evaluated_and_exported_anew_without_being_train
     assert (result.prompts_dropped_for_overlap, result.num_prompts) == (1, 1), "other prompts, the same text"
     assert (folder / "train.json").stat().st_mtime_ns == trained
     assert (folder / "eval.json").exists()
+    page = (folder / "report.html").read_text()
+    assert "<p>1 prompts" in page, "the report is that of these figures"
+    assert "loss" in page, "with the training"
     DrafterRun(load_recipe(recipe, lax), folder)
     assert not (folder / "eval.json").exists(), "figures of other settings do not stand for this recipe's"
     with pytest.raises(RecipeError, match="another recipe"):

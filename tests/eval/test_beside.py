@@ -122,7 +122,7 @@ def test_tables_page_card_and_file_have_it(result, tmp_path, capsys):
     (counted,) = [line for line in shown.splitlines() if re.search(r"\bngram  +\S+ \[.*exact 3/3", line)]
     assert re.search(r"\]( \(not reliable, n = 3\))? +- ", counted), "it has no alpha"
     assert re.search(r"\bdrafter - ngram +[+-]\d", shown)
-    write_report(tmp_path / "report.html", result, title="T", metrics=None, command="")
+    write_report(tmp_path, result, title="T", command="")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert len(re.findall(r"<td>ngram<td>", page)) == 4, "compared, counts, times, rounds"
     drawn = [base64.b64decode(one).decode() for one in re.findall(r"svg\+xml;base64,([^\"]+)", page)]

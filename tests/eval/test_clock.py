@@ -9,6 +9,7 @@ import pytest
 from drafttrain.core.device_time import Span
 from drafttrain.core.generations import ForwardEvent, ForwardShape, Work
 from drafttrain.core.gpus import gpu_named
+from drafttrain.core.proposals import Budget
 from drafttrain.eval.advice import Candidate, Device, Recorded
 from drafttrain.eval.clock import (
     DATA_SHEET,
@@ -23,6 +24,7 @@ from drafttrain.eval.clock import (
 )
 from drafttrain.eval.decoding_memory import DecodingMemory
 from drafttrain.eval.interval import Interval
+from drafttrain.eval.lone_rounds import LoneRound
 from drafttrain.target_model.cached_lm import CachedLM
 from tests.conftest import random_llama
 
@@ -122,7 +124,8 @@ MEMORY = DecodingMemory(2 * PARAMETERS, [event(1, 9)], vocab_size=1000, element_
 def chain(count: int, tau: float, *, drafter: int) -> Candidate:
     drafting = [event(1, 100 + place, model="drafter", parameters=drafter) for place in range(count)]
     interval = Interval(tau, tau - 0.1, tau + 0.1, 8)
-    return Candidate({"kind": "fixed"}, interval, True, [[*drafting, event(count + 1, 100)]], count)
+    rounds = [LoneRound([*drafting, event(count + 1, 100)], Budget(count, count), 0.0)]
+    return Candidate({"kind": "fixed"}, interval, True, rounds)
 
 
 def test_the_prediction_is_the_formula_of_speculative_decoding() -> None:

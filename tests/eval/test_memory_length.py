@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from drafttrain.core.generations import Round
 from drafttrain.core.proposals import Budget, Context, Verdict, fixed_chain
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
@@ -15,13 +18,21 @@ from drafttrain.eval.arms import Arm
 from drafttrain.eval.decoding_memory import DecodingMemory
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.length.memory import MemoryLength, MemoryLengthSettings
+from drafttrain.eval.length.rsd_c import RsdCSettings
+from drafttrain.eval.length.rsd_s import RsdSSettings
+from drafttrain.eval.length.sequoia import SequoiaSettings
+from drafttrain.eval.length.specinfer import SpecInferSettings
 from drafttrain.eval.length.tree import TreeSettings
+from drafttrain.eval.proposers import TrainingFree
+from drafttrain.eval.proposers.ngram import NgramSettings
+from drafttrain.eval.proposers.rasd import RasdSettings
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.target_model import Target
 from drafttrain.training.step_cost import Counted
 from tests.conftest import byte_tokenizer
 from tests.drafters.eagle_models import eagle_drafter
 from tests.eval.decoding import greedy
+from tests.marks import only
 
 WIDE = 16384
 
@@ -53,28 +64,55 @@ def language_model(target: Target) -> Any:
     return CausalLMDrafter(llama(target.vocab_size, hidden_size=16, num_layers=1))
 
 
-SETTINGS: dict[str, Any] = {
-    "long text, greedy chain": (257, 2 * 64, language_model, FixedLengthSettings(4), 0.0, 640),
-    "many tokens, sampled chain": (WIDE, 32, language_model, FixedLengthSettings(8), 1.0, 32),
-    "many tokens, a language model's tree": (WIDE, 32, language_model, TreeSettings(24, 4, 3), 1.0, 32),
-    "many tokens, EAGLE's tree": (
-        WIDE,
-        32,
-        lambda target: eagle_drafter("eagle", target).float(),
-        TreeSettings(24, 4, 3),
-        0.0,
-        32,
-    ),
+def eagle(target: Target) -> Any:
+    return eagle_drafter("eagle", target).float()
+
+
+def rasd(target: Target, **settings: Any) -> Any:
+    return TrainingFree(RasdSettings(**settings), language_model(target))
+
+
+rasd_chain = partial(rasd, chain=True)
+KNOWN = SequoiaSettings(num_draft_tokens=16, acceptance=[0.6, 0.2, 0.1])
+SETTINGS: dict[str, tuple[int, int, Any, Any, float, tuple[int, ...]]] = {
+    "long text, greedy chain": (257, 2 * 64, language_model, FixedLengthSettings(4), 0.0, (640,)),
+    "many tokens, sampled chain": (WIDE, 32, language_model, FixedLengthSettings(8), 1.0, (32,)),
+    "many tokens, a language model's tree": (WIDE, 32, language_model, TreeSettings(24, 4, 3), 1.0, (32,)),
+    "many tokens, EAGLE's tree": (WIDE, 32, eagle, TreeSettings(24, 4, 3), 0.0, (32,)),
+    "rsd_c": (WIDE, 32, language_model, RsdCSettings(), 1.0, (32,)),
+    "rsd_s": (WIDE, 32, language_model, RsdSSettings(), 1.0, (32,)),
+    "specinfer": (WIDE, 32, language_model, SpecInferSettings(), 1.0, (32,)),
+    "sequoia": (WIDE, 32, language_model, KNOWN, 1.0, (32,)),
+    "rasd": (WIDE, 32, rasd, TreeSettings(24, 4, 3), 1.0, (32,)),
+    "rasd, a chain": (WIDE, 32, rasd_chain, TreeSettings(8, 8, 2), 1.0, (32,)),
+    "three long texts": (257, 2 * 64, language_model, FixedLengthSettings(4), 0.0, (640, 600, 620)),
+    "three texts, sampled chains": (WIDE, 32, language_model, FixedLengthSettings(8), 1.0, (32, 30, 28)),
+    "three texts, rsd_s": (WIDE, 32, language_model, RsdSSettings(), 1.0, (32, 30, 28)),
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_predicted_peak_is_the_counted_one(name: str) -> None:
-    """Of the rounds, beyond the weights: counted over all tensors from their allocation to their release."""
-    vocab_size, width, drafter_of, length, temperature, prompt = SETTINGS[name]
+@dataclass
+class Peaks:
+    """What rounds held, beyond the weights."""
+
+    counted: int
+    memory: DecodingMemory
+    draft: Budget
+    prompts: Sequence[int]
+
+    def predicted(self, *, batch: int | None = None, **changed: Any) -> int:
+        longest, memory = max(self.prompts), replace(self.memory, **changed)
+        peak = memory.peak(self.draft, longest + 8, prompt=longest, batch=batch or len(self.prompts))
+        return peak - memory.weight_bytes
+
+
+def peaks_of(name: str) -> Peaks:
+    """Count all tensors from their allocation to their release."""
+    vocab_size, width, source_of, length, temperature, prompts = SETTINGS[name]
     target = target_of(vocab_size, hidden_size=width)
-    drafter, sampling, settings = drafter_of(target), Sampling(temperature), EvalSettings(max_new_tokens=12)
-    arm = Arm.create("", drafter, target, sampling, settings, length=length, stop_tokens=())
+    source = source_of(target)
+    sampling, settings = Sampling(temperature), EvalSettings(max_new_tokens=12)
+    arm = Arm.create("", source, target, sampling, settings, length=length, stop_tokens=())
     peaks: list[int] = []
     with Counted() as counted:
 
@@ -82,15 +120,27 @@ def test_the_predicted_peak_is_the_counted_one(name: str) -> None:
             peaks.append(counted.peak)
             counted.peak = counted.now
 
-        arm.engine.generate([Prompt("", [1 + place % 50 for place in range(prompt)])], on_round=on_round)
-    memory = DecodingMemory.of(target, drafter, sampling, arm.ledger.events)
-    draft = arm.engine.policy.budget(Context("", [0], 1))
-    predicted = memory.peak(draft, prompt + 8, prompt=prompt) - memory.weight_bytes
+        texts = [Prompt(str(count), [1 + place % 50 for place in range(count)]) for count in prompts]
+        arm.engine.generate(texts, on_round=on_round)
+    memory = DecodingMemory.of(target, source, sampling, arm.ledger.events)
     # The first round's peak is that of the prefill.
-    assert predicted == pytest.approx(max(peaks[1:]), rel=0.1)
+    return Peaks(max(peaks[1:]), memory, arm.engine.policy.budget(Context("", [0], 1)), prompts)
+
+
+CHOSEN = (*list(SETTINGS)[:4], "rsd_s", "sequoia", "rasd", "three texts, rsd_s")
+
+
+@pytest.mark.parametrize("name", only(CHOSEN, SETTINGS))
+def test_the_predicted_peak_is_the_counted_one(name: str) -> None:
+    found = peaks_of(name)
+    assert found.predicted() == pytest.approx(found.counted, rel=0.12)
     # A prediction without the rows over the vocabulary, or without caches, is far off.
-    wrong = replace(memory, vocab_size=0) if vocab_size == WIDE else replace(memory, events=())
-    assert wrong.peak(draft, prompt + 8, prompt=prompt) - memory.weight_bytes != pytest.approx(max(peaks[1:]), rel=0.5)
+    without: dict[str, Any] = {"vocab_size": 0} if found.memory.vocab_size == WIDE else {"events": ()}
+    assert found.predicted(**without) != pytest.approx(found.counted, rel=0.5)
+    if found.draft.form is not None or found.memory.chain_in_tree:
+        assert found.predicted(drawn=False) < 0.7 * found.counted
+    if len(found.prompts) > 1:
+        assert found.predicted(batch=1) < 0.5 * found.counted
 
 
 def memory_of(**changed: Any) -> DecodingMemory:
@@ -121,6 +171,64 @@ def test_a_longer_text_leaves_room_for_a_smaller_draft() -> None:
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < sizes[0]
     assert MemoryLength(MemoryLengthSettings()).budget(Context("", [0] * 16_000, 1)).nodes == 24
+
+
+def test_a_proposer_that_uses_the_drafter_holds_its_weights() -> None:
+    target = target_of(257)
+    drafter, length = language_model(target), MemoryLengthSettings(gigabytes=1.0)
+    settings = EvalSettings()
+
+    def memory(source: Any) -> DecodingMemory:
+        policy = Arm.create("", source, target, Sampling(1.0), settings, length=length).engine.policy
+        return policy._memory
+
+    fused, alone = TrainingFree(RasdSettings(), drafter), TrainingFree(NgramSettings())
+    own = sum(weight.nbytes for weight in drafter.parameters())
+    assert memory(fused).weight_bytes == memory(drafter).weight_bytes == memory(alone).weight_bytes + own
+    assert memory(drafter).drawn
+    assert memory(fused).drawn
+    # It draws no draft tokens, only the target's own.
+    assert (memory(alone).drawn, memory(alone).sampled) == (False, True)
+
+
+def test_the_limit_is_that_of_all_sequences_together() -> None:
+    policy = MemoryLength(MemoryLengthSettings(gigabytes=0.0012))
+    memory = memory_of()
+    policy.fit(memory)
+    contexts = [Context(str(count), [0] * count, count) for count in (300, 20, 100)]
+    alone, together = policy.budget(contexts[0]), policy.budgets(contexts)
+    assert together == [together[0]] * 3
+    assert 0 < together[0].nodes < alone.nodes
+    # The longest text decides: caches, logits and masks of a batch are as wide as its.
+    assert memory.peak(together[0], 300, prompt=300, batch=3) <= 0.0012 * 1e9
+    assert memory.peak(alone, 300, prompt=300, batch=3) > 0.0012 * 1e9
+
+
+def test_texts_decoded_together_stay_within_the_limit() -> None:
+    """Counted over all tensors: with the draft that fits one of them alone they do not."""
+    target = target_of(WIDE)
+    drafter, prompts = language_model(target), [Prompt(str(count), [1] * count) for count in (32, 30, 28)]
+    free = DecodingMemory.of(target, drafter, Sampling(), ())
+    limit = free.weight_bytes + 30 * WIDE * 4
+    length = MemoryLengthSettings(gigabytes=limit / 1e9, num_draft_tokens=14, depth=3, width=2)
+    settings = EvalSettings(max_new_tokens=8)
+    peaks: list[int] = []
+    drafted: list[int] = []
+    for texts in (prompts, prompts[:1]):
+        arm = Arm.create("", drafter, target, Sampling(), settings, length=length, stop_tokens=())
+        with Counted() as counted:
+
+            def on_round(context: Context, one: Round) -> None:
+                peaks.append(counted.peak)
+                counted.peak = counted.now
+
+            found = arm.engine.generate(texts, on_round=on_round)
+        rounds = found[0].rounds
+        drafted.append(rounds[1].num_draft_tokens)
+        assert max(peaks[len(texts) :]) <= limit - free.weight_bytes
+        assert [one.tokens for one in found] == [greedy(target, text, 8) for text in texts]
+        peaks.clear()
+    assert 0 < drafted[0] < drafted[1]
 
 
 def test_only_depths_that_pay_are_drafted() -> None:

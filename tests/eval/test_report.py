@@ -97,7 +97,7 @@ def pictures(page: str) -> list[str]:
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name[:12]))
 def test_a_report_shows_any_name_as_it_is(result, name, tmp_path):
     path = tmp_path / "report.html"
-    write_report(path, renamed(result, name), title=name, metrics=None, command=name)
+    write_report(tmp_path, renamed(result, name), title=name, command=name)
     page = path.read_text(encoding="utf-8")
     assert "<script>" not in page
     assert "\x1b" not in page
@@ -121,7 +121,7 @@ def test_a_report_plots_the_time_of_a_step_by_phase(result, row, title, tmp_path
     whole |= dict.fromkeys((f"{phase}_ms" for phase in PHASES), "1.0") | row
     metrics = tmp_path / "metrics.csv"
     metrics.write_text("\n".join([",".join(whole), ",".join(whole.values()), ",".join(whole.values())]) + "\n")
-    write_report(tmp_path / "report.html", result, title="T", metrics=metrics, command="")
+    write_report(tmp_path, result, title="T", command="")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     drawn = pictures(page)
     assert len(drawn) == 4
@@ -148,7 +148,7 @@ def test_counts_and_times_are_shown_in_two_tables(result, tmp_path, capsys):
     """The figures that depend on the machine are in the second table only: on stdout, in the report and in the card."""
     show(result)
     card = model_card("N", result, drafter="A", recipe="", command="")
-    write_report(tmp_path / "report.html", result, title="T", metrics=None, command="")
+    write_report(tmp_path, result, title="T", command="")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     shown = [(capsys.readouterr().out, THIS_MACHINE), (card, "measured times"), (page, THIS_MACHINE)]
     for text, second in shown:

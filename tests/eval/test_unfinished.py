@@ -12,9 +12,11 @@ import pytest
 from drafttrain.checkpoint import About, write_about
 from drafttrain.drafters.medusa.module import Medusa, MedusaSettings
 from drafttrain.eval.evaluate import evaluate
+from drafttrain.eval.proposers.aded import AdedSettings
+from drafttrain.eval.proposers.rasd import RasdSettings
 from drafttrain.eval.result import AtTemperature
 from drafttrain.eval.settings import EvalSettings
-from drafttrain.eval.unfinished import Unfinished
+from drafttrain.eval.unfinished import Unfinished, made_with
 from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS
@@ -85,7 +87,7 @@ def test_it_continues_and_gives_the_figures_of_a_whole_one(target: Target, draft
     assert not interrupted.exists()
 
 
-@pytest.mark.parametrize("changed", ["settings", "prompts", "drafter", "target"])
+@pytest.mark.parametrize("changed", ["settings", "prompts", "domains", "languages", "drafter", "target"])
 def test_nothing_is_reused_where_something_differs(
     target: Target, drafter: Path, interrupted: Path, changed: str
 ) -> None:
@@ -94,9 +96,29 @@ def test_nothing_is_reused_where_something_differs(
         settings = replace(SETTINGS, max_new_tokens=9)
     elif changed == "prompts":
         prompts = PROMPTS[:2]
+    elif changed == "domains":
+        prompts = [replace(prompt, domain="code") for prompt in PROMPTS]
+    elif changed == "languages":
+        prompts = [replace(prompt, language="python") for prompt in PROMPTS]
     elif changed == "drafter":
         Medusa.create(MedusaSettings(num_heads=1), target=target, tokenizer=target.tokenizer).save(drafter)
     else:
         target.fingerprint = "another"
     (part,) = evaluate({"drafter": drafter}, target, prompts, settings, unfinished=interrupted).temperatures
     assert not is_continued(part)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_edited_corpus_is_noticed(target: Target, drafter: Path, tmp_path: Path, nested: bool) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the cat")
+    counted = AdedSettings(corpus=str(corpus))
+    settings = replace(SETTINGS, beside=[RasdSettings(retrieval=counted) if nested else counted])
+
+    def made() -> dict[str, Any]:
+        return made_with({"drafter": drafter}, target, PROMPTS, settings)
+
+    before = made()
+    assert made() == before
+    corpus.write_text("the dog")
+    assert made() != before

@@ -30,7 +30,10 @@ data:
   sources: [{kind: jsonl, path: data.jsonl}, {kind: text, path: texts}, {kind: generated}]
   generate: {prompts: {kind: jsonl, path: asked.jsonl}, num_records: 4}
 train: {max_steps: 12, warmup_steps: 2, loggers: [csv]}
-eval: {prompts: test.jsonl, validation_prompts: validation.jsonl}
+eval:
+  prompts: test.jsonl
+  validation_prompts: validation.jsonl
+  beside: [{kind: rasd, retrieval: {kind: aded, corpus: corpus.txt}}]
 """
 TRAINED_ON = {
     "data.sources.0": "data.jsonl",
@@ -53,6 +56,7 @@ def place(tmp_path: Path, save_llama: Callable[..., Path], monkeypatch: pytest.M
     (tmp_path / "target" / "chat_template.jinja").write_text("{{ messages }}")
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("some text")
+    (tmp_path / "corpus.txt").write_text("what is counted")
     for name in ("data", "asked", "test", "validation"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"what stands in {name}"}) + "\n")
     (tmp_path / "r.yaml").write_text(RECIPE)
@@ -162,11 +166,11 @@ def test_texts_that_the_target_wrote_keep_to_their_prompts_and_target(place: Pat
         opened(place)
 
 
-def test_other_test_prompts_are_evaluated_again(place: Path) -> None:
+def test_other_test_prompts_or_another_corpus_are_evaluated_again(place: Path) -> None:
     run = opened(place)
     begin(run)
     run.train_done.write_text("{}")
-    for name in ("test.jsonl", "validation.jsonl"):
+    for name in ("test.jsonl", "validation.jsonl", "corpus.txt"):
         for path in (run.eval, run.report):
             path.write_text("{}")
         edit(place / name)

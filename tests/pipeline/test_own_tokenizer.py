@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drafttrain.checkpoint import read_about, read_drafter
+from drafttrain.commands.advise import Question, _opened
 from drafttrain.commands.serve_config import serve_command
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import CheckpointError, RecipeError
@@ -129,6 +131,17 @@ def test_its_evaluation_by_strings_is_lossless_and_has_no_alpha(exported: Path) 
             {},
         )
         assert figures.vllm.num_draft_tokens > 0
+
+
+@pytest.mark.parametrize("drafts", ["strings", "tokens"])
+def test_advice_records_rounds_of_what_the_evaluation_drafted(exported: Path, tmp_path: Path, drafts: str) -> None:
+    alone = shutil.copytree(exported, tmp_path / "alone")
+    target, settings = Target.load(TargetSettings(model="target")), load_recipe("r.yaml").eval
+    small = replace(settings, across_tokenizers=drafts, num_prompts=2, max_new_tokens=4, temperatures=[0.0])
+    evaluate_folders({"drafter": alone}, target, small, dropped=()).write(alone / "eval.json")
+    overrides = ["eval.prompts=texts.jsonl"]
+    opened = _opened(Question(str(alone), "target", ["h100"], [1], [64], "bfloat16", overrides))
+    assert opened.drafter.drafts_strings == (drafts == "strings")
 
 
 def test_transformers_decodes_with_it_as_without(exported: Path) -> None:

@@ -55,7 +55,7 @@ def ask(
         typer.Option(
             "--out",
             metavar="DIR",
-            help="Folder for advice.json and advice.png. Default: the drafter's, if it is local.",
+            help="Folder for advice.json, advice.png and report.html. Default: the drafter's, if it is local.",
             show_default=False,
         ),
     ] = None,

@@ -17,23 +17,26 @@ from drafttrain.core.gpus import MEMORY_AND_BANDWIDTH, Gpu, gpu_named
 from drafttrain.core.registry import component_mapping
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import Drafter
-from drafttrain.eval.advice import ASSUMED, Advice, Candidate, Device, End, Predicted, Recorded
+from drafttrain.eval import advised
+from drafttrain.eval.advice import ASSUMED, Advice, Candidate, Device, End, MeasuredSpeedup, Recorded
 from drafttrain.eval.clock import DATA_SHEET, Efficiency, roofline_of
 from drafttrain.eval.decoding_memory import DecodingMemory
-from drafttrain.eval.evaluate import choose_drafts
-from drafttrain.eval.fastest_length import evaluated_lengths
+from drafttrain.eval.evaluate import choose_draft
+from drafttrain.eval.fastest_length import evaluated_lengths, times_hold_for
 from drafttrain.eval.interval import Interval
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.lone_rounds import calibrated, lone_rounds
-from drafttrain.eval.page import label, write_picture
+from drafttrain.eval.page import write_picture
 from drafttrain.eval.pipelined import PIPELINED
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.proposers.none import PLAIN
+from drafttrain.eval.report import write_report
 from drafttrain.eval.result import Result, read_result
-from drafttrain.eval.settings import EvalSettings, length_label
+from drafttrain.eval.settings import EvalSettings
 from drafttrain.eval.typed_json import to_json
 from drafttrain.pipeline.evaluating import evaluate_folders
 from drafttrain.pipeline.folder import exported_in
+from drafttrain.pipeline.judging import commands_of
 from drafttrain.pipeline.preflight import check_drafters
 from drafttrain.pipeline.run import quiet_libraries
 from drafttrain.target_model import Target
@@ -102,7 +105,7 @@ class _Opened:
 
 
 def advise(question: Question, *, out: Path | None = None) -> Advice:
-    """Print what to expect of a drafter, and write advice.json and advice.png.
+    """Print what to expect of a drafter, and write advice.json, advice.png and report.html.
 
     Args:
         out: Their folder; None: that of a local drafter, else nothing is written.
@@ -132,16 +135,15 @@ def advise(question: Question, *, out: Path | None = None) -> Advice:
             *(device.how for device in devices if device.name == HERE),
         ],
         assumed=[*(device.how for device in devices if device.name != HERE), *ASSUMED],
+        speeds=_measured(opened) if HERE in question.gpus else [],
+        evaluated=result.provenance.date,
     )
     _show(advice)
     out = out or (Path(question.drafter) if Path(question.drafter).is_dir() else None)
     if out is None:
-        say("advice.json and advice.png: not written: give --out DIR")
+        say("advice.json, advice.png and report.html: not written: give --out DIR")
     else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "advice.json", to_json(advice))
-        write_picture(out / "advice.png", lambda axes: _draw(axes, advice), columns=len(question.contexts), height=3.4)
-        say(f"written: {out / 'advice.json'}, {out / 'advice.png'}")
+        _write(advice, out, opened, title=Path(question.drafter).name)
     return advice
 
 
@@ -163,7 +165,7 @@ def _opened(question: Question) -> _Opened:
     usual = EvalSettings()
     settings = replace(settings, **{name: result.settings.get(name, getattr(usual, name)) for name in AS_EVALUATED})
     drafter = read_drafter(folder, loaded)
-    choose_drafts([drafter], settings)
+    choose_draft(drafter, settings)
     prompts = read_prompts(settings.prompts, loaded.tokenizer, prompt_tokens=settings.prompt_tokens, limit=1)
     return _Opened(drafter, drafter.adapted(loaded), settings, prompts[0], folder, result)
 
@@ -198,12 +200,20 @@ def _candidates(opened: _Opened) -> list[Candidate]:
     return [_candidate(opened, *one) for one in known]
 
 
+def _measured(opened: _Opened) -> list[MeasuredSpeedup]:
+    """Return the speed-ups of the evaluation, if this machine made it."""
+    result = opened.result
+    if not times_hold_for(opened.target, dtype=result.target.dtype, processor=result.provenance.machine.processor):
+        return []
+    return [
+        MeasuredSpeedup(HERE, result.settings["batch_size"], one.length, one.speedup)
+        for one in evaluated_lengths(result, _temperature(opened), opened.folder)
+    ]
+
+
 def _candidate(opened: _Opened, length: Mapping[str, Any], value: Interval, from_replay: bool) -> Candidate:
     rounds = lone_rounds(opened.drafter, opened.target, opened.prompt, _settings(opened), length=length_of(length))
-    drafted = sum(one.num_draft_tokens for one in rounds) / len(rounds)
-    return Candidate(
-        length, value, from_replay, [one.forwards for one in rounds], drafted, pipelined=_pipelined(opened)
-    )
+    return Candidate(length, value, from_replay, rounds, pipelined=_pipelined(opened))
 
 
 def _pipelined(opened: _Opened) -> bool:
@@ -214,7 +224,7 @@ def _recorded(opened: _Opened) -> Recorded:
     settings, candidates = _settings(opened), _candidates(opened)
     (plain,) = lone_rounds(PLAIN, opened.target, opened.prompt, settings, length=settings.length, count=1)
     sampling = Sampling(_temperature(opened))
-    memory = DecodingMemory.of(opened.target, opened.drafter, sampling, candidates[0].rounds[-1])
+    memory = DecodingMemory.of(opened.target, opened.drafter, sampling, candidates[0].rounds[-1].forwards)
     return Recorded(candidates, plain.forwards[-1], memory)
 
 
@@ -262,44 +272,24 @@ def _rate(gpu: Gpu) -> str:
 
 
 def _show(advice: Advice) -> None:
-    rows = [
-        [
-            one.device,
-            f"{one.context:,}",
-            f"{one.batch:,}",
-            one.speedup.text(),
-            "none pays" if one.speedup.value <= 1 else length_label(length_of(one.length)),
-            one.block_efficiency.text(),
-            f"{one.tokens_per_second:,.0f}",
-            f"{one.gigabytes:.3g}" if one.fits else f"{one.gigabytes:.3g}: does not fit",
-        ]
-        for one in advice.best()
-    ]
-    columns = ["device", "context", "batch", "speed-up", "best length", "tokens a target call", "tokens/s", "GB"]
-    title = f"{advice.drafter} drafts for {advice.target}, temperature {advice.temperature:g}: predicted, by length the best"
-    table(rows, columns=columns, title=f"\n{title}")
-    ends = [
-        [end.device, f"{end.context:,}", "none found" if end.batch is None else f"{end.batch:,}"] for end in advice.ends
-    ]
-    table(ends, columns=["device", "context", "drafting stops paying at batch"])
+    table(advised.best_rows(advice), columns=advised.BEST_COLUMNS, title=f"\n{advised.heading(advice)}")
+    table(advised.end_rows(advice), columns=advised.END_COLUMNS)
     for heading, lines in (("measured", advice.measured), ("assumed", advice.assumed)):
         say(f"{heading}:")
         for line in lines:
             say(f"  {line}")
 
 
-def _draw(axes: Sequence[Any], advice: Advice) -> None:
-    contexts = list(dict.fromkeys(one.context for one in advice.surface))
-    devices = list(dict.fromkeys(one.device for one in advice.surface))
-    for ax, context in zip(axes, contexts, strict=True):
-        for device in devices:
-            best = [one for one in advice.best() if (one.device, one.context) == (device, context)]
-            ax.plot(*_line(best), "o-", ms=4, label=label(device))
-        ax.axhline(1.0, color="#888", lw=1, ls=":")
-        ax.set(xscale="log", xlabel="batch", ylabel="predicted speed-up, best length", title=f"context {context:,}")
-        ax.legend(fontsize=7, frameon=False)
-
-
-def _line(points: Sequence[Predicted]) -> tuple[list[int], list[float]]:
-    ordered = sorted(points, key=lambda one: one.batch)
-    return [one.batch for one in ordered], [one.speedup.value for one in ordered]
+def _write(advice: Advice, out: Path, opened: _Opened, *, title: str) -> None:
+    """Write advice.json and advice.png; and report.html, unless it is that of another evaluation."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / name for name in ("advice.json", "advice.png", "report.html")]
+    content, drawing, report = files
+    write_json(content, to_json(advice))
+    write_picture(drawing, lambda axes: advised.draw(axes, advice), height=advised.HEIGHT, **advised.grid(advice))
+    beside = out / "eval.json"
+    if beside.exists() and read_result(beside).provenance.date != advice.evaluated:
+        files.remove(report)
+    else:
+        write_report(out, opened.result, title=title, command=commands_of(out))
+    say(f"written: {', '.join(map(str, files))}")

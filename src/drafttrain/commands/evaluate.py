@@ -20,8 +20,8 @@ from drafttrain.eval.result import Result
 from drafttrain.eval.table import show, show_compared
 from drafttrain.pipeline.evaluating import evaluate_folders, with_inputs
 from drafttrain.pipeline.folder import RunFolder
-from drafttrain.pipeline.inputs import inputs_of, is_evaluated_on, target_inputs
-from drafttrain.pipeline.judging import command_line
+from drafttrain.pipeline.inputs import evaluation_inputs, inputs_of, is_evaluated_on
+from drafttrain.pipeline.judging import commands_of
 from drafttrain.pipeline.kinds import kind_of_run
 from drafttrain.pipeline.preflight import check_drafters, check_parts
 from drafttrain.pipeline.run import quiet_libraries
@@ -29,7 +29,7 @@ from drafttrain.target_model import Target
 
 
 def evaluate_recipe(recipe: Recipe, folder: Path) -> Result:
-    """Evaluate the exported files of a run, compared with its start, and write eval.json."""
+    """Evaluate the exported files of a run, compared with its start, and write eval.json and report.html."""
     here, kind = RunFolder(folder), kind_of_run(recipe)
     here.exported(kind.what)
     held = here.stored_recipe()
@@ -41,8 +41,9 @@ def evaluate_recipe(recipe: Recipe, folder: Path) -> Result:
     run = kind(replace(recipe, export=held.export), folder, opening="evaluate")
     result = run.evaluate()
     result = with_inputs(result, inputs_of(run.recipe, only=is_evaluated_on))
-    result.write(run.folder.eval)
+    written = write_evaluation(run.folder.path, result, title=recipe.name)
     show(result)
+    say(f"written: {written}")
     return result
 
 
@@ -137,12 +138,12 @@ def evaluate_named(
     loaded = Target.load(of_target)
     unfinished = out / "eval.unfinished" if out else None
     result = evaluate_folders(named, loaded, settings, dropped=(), unfinished=unfinished, answers=answers)
-    return with_inputs(result, target_inputs(replace(of_target, model=loaded.name), settings.prompts))
+    return with_inputs(result, evaluation_inputs(replace(of_target, model=loaded.name), settings))
 
 
 def write_evaluation(out: Path, result: Result, *, title: str) -> str:
     """Write eval.json and report.html; return their paths in one line."""
     out.mkdir(parents=True, exist_ok=True)
     result.write(out / "eval.json")
-    write_report(out / "report.html", result, title=title, metrics=None, command=command_line())
+    write_report(out, result, title=title, command=commands_of(out))
     return f"{out / 'eval.json'}, {out / 'report.html'}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from drafttrain.core.registry import Registry
+from drafttrain.core.registry import Registry, components_of
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.annotate import annotators
 from drafttrain.data_gen.settings import DataSettings
@@ -368,15 +368,3 @@ def _component(settings: Any) -> Any:
 
 def _annotator(name: str) -> Any:
     return annotators.entry(name).component
-
-
-def components_of(value: Any) -> Iterator[Any]:
-    """Yield the settings of a component and of all components inside it."""
-    if isinstance(value, list):
-        for item in value:
-            yield from components_of(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        if hasattr(value, "kind"):
-            yield value
-        for part in fields(value):
-            yield from components_of(getattr(value, part.name))

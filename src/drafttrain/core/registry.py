@@ -3,8 +3,8 @@
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T", bound=type)
@@ -86,3 +86,15 @@ def component_mapping(settings: Any) -> dict[str, Any]:
     values = {name: getattr(settings, name) for name in asdict(settings)}
     inner = {name: component_mapping(value) for name, value in values.items() if hasattr(value, "kind")}
     return {"kind": settings.kind} | asdict(settings) | inner
+
+
+def components_of(value: Any) -> Iterator[Any]:
+    """Yield the settings of a component and of all components inside it."""
+    if isinstance(value, list):
+        for item in value:
+            yield from components_of(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        if hasattr(value, "kind"):
+            yield value
+        for part in fields(value):
+            yield from components_of(getattr(value, part.name))

@@ -152,6 +152,15 @@ class SchedulesBatch(Protocol):
 
 
 @runtime_checkable
+class BudgetsBatch(Protocol):
+    """A length policy that decides for all sequences of a round together, before they are drafted, what may be drafted."""
+
+    def budgets(self, contexts: Sequence[Context]) -> Sequence[Budget]:
+        """Return the largest draft of each sequence in the next round."""
+        ...
+
+
+@runtime_checkable
 class CostAware(Protocol):
     """A length policy that measures before it decides. It is calibrated on a few outputs before the measured ones."""
 

@@ -82,6 +82,10 @@ class TreeForm(Protocol):
         """
         ...
 
+    def most_rows(self, budget: Budget) -> tuple[int, int]:
+        """Return the most nodes of a tree whose children are drawn, and the most of them that one call of the drafter reads."""
+        ...
+
 
 def log_left(children: Sequence[Child], taken: int) -> float:
     """Return the logarithm of the probability that is left after the first children; -inf: nothing is."""

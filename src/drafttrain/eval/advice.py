@@ -6,7 +6,7 @@ The acceptance is measured here and does not depend on the device. Times are the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from drafttrain.core.generations import ForwardEvent
@@ -15,6 +15,8 @@ from drafttrain.core.proposals import Budget
 from drafttrain.eval.clock import NO_HOST, TARGET, Clock, Host, pipelined_seconds, serial_seconds
 from drafttrain.eval.decoding_memory import DecodingMemory
 from drafttrain.eval.interval import Interval
+from drafttrain.eval.lone_rounds import LoneRound
+from drafttrain.eval.result import Speedup
 
 MOST_SEQUENCES = 4096
 """Largest batch that is searched for the end of the gain."""
@@ -38,19 +40,21 @@ class Candidate:
     """Tokens per target call."""
     from_replay: bool
     """Computed by replay; False: decoded."""
-    rounds: Sequence[Sequence[ForwardEvent]]
-    """The forwards of some rounds of one sequence."""
-    num_draft_tokens: float
-    """Of a mean round."""
+    rounds: Sequence[LoneRound]
+    """Some rounds of one sequence."""
     pipelined: bool = False
     """The drafter has a device of its own."""
 
     @property
+    def num_draft_tokens(self) -> float:
+        """Of a mean round."""
+        return sum(one.draft.nodes for one in self.rounds) / len(self.rounds)
+
+    @property
     def draft(self) -> Budget:
         """The draft of a mean round."""
-        nodes, branching = round(self.num_draft_tokens), self.length.get("branching") or []
-        depth = self.length.get("depth") or len(branching) or nodes
-        return Budget(nodes, min(nodes, depth), self.length.get("width") or max(branching, default=1))
+        depth = sum(one.draft.depth for one in self.rounds) / len(self.rounds)
+        return replace(self.rounds[-1].draft, nodes=round(self.num_draft_tokens), depth=round(depth))
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,16 @@ class End:
 
 
 @dataclass(frozen=True)
+class MeasuredSpeedup:
+    """A speed-up that the evaluation measured itself, on the same machine as a device of the surface."""
+
+    device: str
+    batch: int
+    length: Mapping[str, Any]
+    speedup: Speedup
+
+
+@dataclass(frozen=True)
 class Advice:
     """What `advise` found: advice.json."""
 
@@ -114,6 +128,10 @@ class Advice:
     ends: Sequence[End]
     measured: Sequence[str]
     assumed: Sequence[str]
+    speeds: Sequence[MeasuredSpeedup]
+    """None where the machine of the evaluation was not asked about."""
+    evaluated: str
+    """Date of the evaluation that the acceptance is from."""
 
     def best(self) -> list[Predicted]:
         """Return the fastest length at each device, context and batch; plain decoding is none of them."""
@@ -146,7 +164,7 @@ class Recorded:
 
     def predicted(self, candidate: Candidate, device: Device, *, batch: int, context: int) -> Predicted:
         """Return the speed-up of a way of drafting on a device."""
-        moved = [_moved(forwards, device, batch=batch, context=context) for forwards in candidate.rounds]
+        moved = [_moved(one.forwards, device, batch=batch, context=context) for one in candidate.rounds]
         seconds = (pipelined_seconds if candidate.pipelined else serial_seconds)(moved, device.clock)
         forwards_seconds = sum(seconds) / len(moved)
         round_seconds = forwards_seconds + device.host(candidate.num_draft_tokens)

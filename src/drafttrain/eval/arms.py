@@ -69,8 +69,7 @@ class Arm:
         """
         ledger, policy = Ledger(), length_policies.build(length)
         if isinstance(policy, FitsMemory):
-            drafter = source if isinstance(source, Drafter) else None
-            policy.fit(DecodingMemory.of(target, drafter, sampling, ledger.events))
+            policy.fit(DecodingMemory.of(target, source, sampling, ledger.events))
         proposer = source.proposer(target, ledger.append)
         if isinstance(source, Drafter):
             proposer = scheduled(settings.schedule, proposer, max_new_tokens=settings.max_new_tokens)

@@ -6,13 +6,14 @@ V = vocabulary
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from drafttrain.core.generations import ForwardEvent
 from drafttrain.core.proposals import Budget
 from drafttrain.core.texts import Sampling
 from drafttrain.drafters import Drafter
+from drafttrain.eval.proposers import TrainingFree
 from drafttrain.target_model import Target
 
 FLOAT32 = 4
@@ -39,15 +40,20 @@ class DecodingMemory:
     element_bytes: int
     """Of a number of the target."""
     sampled: bool
-    """Draft tokens are drawn, so each has a row of q."""
+    """The target's tokens are drawn."""
+    drawn: bool = False
+    """Draft tokens are drawn from rows of q: those of chains, and of trees whose budget has a form."""
+    chain_in_tree: bool = False
+    """The drafter's part of a tree is a chain."""
     columns_at_once: int = 64
     """Caches grow by an eighth, in multiples of this many columns."""
 
     @classmethod
     def of(
-        cls, target: Target, drafter: Drafter | None, sampling: Sampling, events: Sequence[ForwardEvent]
+        cls, target: Target, source: Drafter | TrainingFree, sampling: Sampling, events: Sequence[ForwardEvent]
     ) -> DecodingMemory:
-        """Return the memory of a target and a drafter; None: a proposer without weights."""
+        """Return the memory of a target and what drafts for it; a training-free proposer may use a drafter."""
+        drafter = source.drafter if isinstance(source, TrainingFree) else source
         models = [target.model] if drafter is None else [target.model, drafter]
         weights = {id(p): p.numel() * p.element_size() for model in models for p in model.parameters()}
         return cls(
@@ -55,7 +61,9 @@ class DecodingMemory:
             events,
             vocab_size=target.vocab_size,
             element_bytes=target.model.dtype.itemsize,
-            sampled=sampling.temperature > 0 and getattr(drafter, "draft", "") != "greedy",
+            sampled=sampling.temperature > 0,
+            drawn=sampling.temperature > 0 and getattr(drafter, "draft", "greedy") != "greedy",
+            chain_in_tree=isinstance(source, TrainingFree) and getattr(source.settings, "chain", False),
         )
 
     @property
@@ -72,26 +80,30 @@ class DecodingMemory:
         return sum(found.values())
 
     def parts(self, draft: Budget, num_tokens: int, *, prompt: int | None = None, batch: int = 1) -> Mapping[str, int]:
-        """Return the bytes of each part at the peak of a round.
+        """Return the bytes of each part at the peak of a round of all sequences.
 
         Args:
-            num_tokens: Of each sequence's text.
+            draft: Of each sequence.
+            num_tokens: Of each sequence's text. Caches, logits and masks are as wide as those of the longest one.
             prompt: Its first tokens that were read at once: caches have grown since. None: they have just the room that is needed.
         """
         nodes, cached = draft.nodes + 1, num_tokens + draft.nodes
         row = self.vocab_size * max(FLOAT32, self.element_bytes)
-        logits = nodes * self.vocab_size * self.element_bytes
+        logits = self.vocab_size * self.element_bytes
+        rows, level = self._drawn_rows(draft)
+        q, draw = rows * row, ROWS_OF_A_DRAW * row
         tree = draft.width > 1
-        q = 0 if tree or not self.sampled else draft.nodes * row
-        # The rows of a chain exist twice while they are stacked and verified; without any, a draw of the target's own token remains.
-        verifying = logits + q + max(q, ROWS_OF_A_DRAW * row if self.sampled else 0)
-        drafting = self._levels(draft) * self.vocab_size * self.element_bytes if tree else 2 * q
-        # Only a tree has a mask: numbers and booleans over the cache and its own nodes.
-        mask = nodes * (num_tokens + nodes) * (self.element_bytes + 1) if tree else 0
+        # Sequences are verified one after the other: a draw of the target's own token exists once.
+        verifying = batch * (nodes * logits + q) + (draw if self.sampled else 0)
+        fixed_level = self._levels(draft) if tree and not rows else 0
+        # The rows of one sequence exist a third time while they are stacked.
+        drafting = batch * (q + max(level, fixed_level) * logits) + max((batch + 1) * q, batch * level * draw)
+        # Trees and sequences of different lengths have a mask: numbers and booleans over the cache and the new nodes.
+        mask = nodes * (num_tokens + nodes) * (self.element_bytes + 1) if tree or batch > 1 else 0
         return {
             "weights": self.weight_bytes,
             "caches": batch * self.columns(cached, prompt or cached) * self.column_bytes,
-            "logits and distributions": batch * max(verifying, drafting),
+            "logits and distributions": max(verifying, drafting),
             "masks": batch * mask,
         }
 
@@ -99,15 +111,17 @@ class DecodingMemory:
         """Return the bytes at the peak of a round."""
         return sum(self.parts(draft, num_tokens, prompt=prompt, batch=batch).values())
 
-    def largest(self, limit_bytes: float, draft: Budget, num_tokens: int, *, prompt: int | None = None) -> Budget:
+    def largest(
+        self, limit_bytes: float, draft: Budget, num_tokens: int, *, prompt: int | None = None, batch: int = 1
+    ) -> Budget:
         """Return the largest part of a draft whose round stays within the limit: as deep as possible, then as many nodes."""
         for depth in range(draft.depth, 0, -1):
             part = draft.within(depth)
             fits, too_large = 0, part.nodes + 1
             while too_large - fits > 1:
                 middle = (fits + too_large) // 2
-                small = self.peak(_with_nodes(part, middle), num_tokens, prompt=prompt) <= limit_bytes
-                fits, too_large = (middle, too_large) if small else (fits, middle)
+                held = self.peak(_with_nodes(part, middle), num_tokens, prompt=prompt, batch=batch)
+                fits, too_large = (middle, too_large) if held <= limit_bytes else (fits, middle)
             if fits >= depth:
                 return _with_nodes(part, fits)
         return draft.within(0)
@@ -122,6 +136,15 @@ class DecodingMemory:
     def _whole(self, columns: int) -> int:
         return -(-columns // self.columns_at_once) * self.columns_at_once
 
+    def _drawn_rows(self, draft: Budget) -> tuple[int, int]:
+        """Return the most rows of q that a sequence has, and the most of them that one call adds."""
+        if not self.drawn or not draft.nodes:
+            return 0, 0
+        if draft.form is not None:
+            return draft.form.most_rows(draft)
+        chain = min(draft.nodes, draft.depth)
+        return (chain, 1) if draft.width == 1 or self.chain_in_tree else (0, 0)
+
     def _levels(self, draft: Budget) -> int:
         """Return the rows of the drafter's logits that exist at once: those of the last call, and of the call before it."""
         widest = draft.width**2 if draft.depth > 1 else draft.width
@@ -129,7 +152,7 @@ class DecodingMemory:
 
 
 def _with_nodes(draft: Budget, nodes: int) -> Budget:
-    return Budget(nodes, min(draft.depth, nodes), draft.width, draft.states)
+    return replace(draft, nodes=nodes, depth=min(draft.depth, nodes))
 
 
 @runtime_checkable

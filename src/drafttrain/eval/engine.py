@@ -19,6 +19,7 @@ from drafttrain.core.proposals import Budget, Context, Proposal, Verdict
 from drafttrain.core.random import stream
 from drafttrain.core.roles import (
     AcceptanceRule,
+    BudgetsBatch,
     DraftsInTarget,
     DraftsWithOwnCache,
     ForwardListener,
@@ -136,7 +137,7 @@ class Engine:
     def _round(self, live: list[_Sequence]) -> None:
         with self._clock.phase("draft_seconds", live):
             proposals = self.proposer.propose(
-                [self._budget(sequence) for sequence in live],
+                self._budgets(live),
                 self.sampling,
                 [sequence.draft_stream for sequence in live],
                 self.policy.more,
@@ -165,10 +166,15 @@ class Engine:
         with self._clock.phase("draft_seconds", live):
             self.proposer.observe(verdicts, [_at(output, path) for output, path in zip(seen, read, strict=True)])
 
-    def _budget(self, sequence: _Sequence) -> Budget:
-        """Return the budget of a round; the target's own token needs one of the remaining tokens."""
-        left = self.max_new_tokens - sequence.num_new - 1
-        return self.policy.budget(sequence.context).within(left)
+    def _budgets(self, live: Sequence[_Sequence]) -> list[Budget]:
+        """Return the budget of each sequence in a round; the target's own token needs one of the remaining tokens."""
+        contexts = [sequence.context for sequence in live]
+        if isinstance(self.policy, BudgetsBatch):
+            wanted = self.policy.budgets(contexts)
+        else:
+            wanted = [self.policy.budget(context) for context in contexts]
+        left = [self.max_new_tokens - sequence.num_new - 1 for sequence in live]
+        return [budget.within(most) for budget, most in zip(wanted, left, strict=True)]
 
     def _verdict(self, sequence: _Sequence, proposal: Proposal, output: TargetOutput) -> Verdict:
         assert output.logits_BTV is not None

@@ -95,17 +95,25 @@ def choose_drafts(drafters: Sequence[Drafter], settings: EvalSettings) -> None:
     Raises:
         CheckpointError: A drafter has no layers that can run in parallel, or none has its own tokenizer, and the settings need it.
     """
-    if settings.layer_parallel_size > 1:
-        for one in drafters:
-            one.run_layers_parallel(settings.layer_parallel_size)
-    if settings.across_tokenizers != "strings":
-        return
-    # Of several drafters, each that can.
-    chosen = [one.draft_strings() for one in drafters]
-    if not any(chosen):
+    chosen = [choose_draft(one, settings) for one in drafters]
+    # Of several drafters, each that can draft strings.
+    if chosen and not any(chosen):
         raise CheckpointError(
             "eval.across_tokenizers is strings, but no drafter here has its own tokenizer: set tokens"
         )
+
+
+def choose_draft(drafter: Drafter, settings: EvalSettings) -> bool:
+    """Let one drafter draft as the settings choose, and return whether it does.
+
+    Strings need a tokenizer of the drafter's own: one without drafts the target's tokens.
+
+    Raises:
+        CheckpointError: It has no layers that can run in parallel, and the settings need it.
+    """
+    if settings.layer_parallel_size > 1:
+        drafter.run_layers_parallel(settings.layer_parallel_size)
+    return settings.across_tokenizers != "strings" or drafter.draft_strings()
 
 
 def _check_heads(folders: Mapping[str, Path], target: Target, settings: EvalSettings) -> None:

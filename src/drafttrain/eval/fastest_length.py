@@ -9,7 +9,7 @@ from typing import Any
 
 from drafttrain.checkpoint import read_about
 from drafttrain.core.console import progress
-from drafttrain.core.provenance import processor
+from drafttrain.core.provenance import processor as own_processor
 from drafttrain.core.registry import component_mapping
 from drafttrain.core.roles import CostAware
 from drafttrain.core.texts import Prompt, Sampling
@@ -55,8 +55,13 @@ class KnownLengths:
 
     def times_hold_for(self, target: Target) -> bool:
         """Return whether the evaluation's own times are those of this machine and this type of weights."""
-        dtype = str(target.model.dtype).removeprefix("torch.")
-        return target.device.type == "cpu" and (self.dtype, self.processor) == (dtype, processor())
+        return times_hold_for(target, dtype=self.dtype, processor=self.processor)
+
+
+def times_hold_for(target: Target, *, dtype: str, processor: str) -> bool:
+    """Return whether times with this type of weights on this processor are those of a target here."""
+    own = str(target.model.dtype).removeprefix("torch.")
+    return target.device.type == "cpu" and (dtype, processor) == (own, own_processor())
 
 
 def known_lengths(folder: Path, *, temperature: float) -> KnownLengths | None:

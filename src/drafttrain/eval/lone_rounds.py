@@ -10,7 +10,7 @@ from typing import Any
 
 from drafttrain.core.device_time import Span
 from drafttrain.core.generations import ForwardEvent, Round
-from drafttrain.core.proposals import Context
+from drafttrain.core.proposals import Budget, Context
 from drafttrain.core.roles import CostAware
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.eval.arms import Arm, Source
@@ -43,9 +43,15 @@ class LoneRound:
     """One round of one sequence."""
 
     forwards: Sequence[ForwardEvent]
-    num_draft_tokens: int
+    draft: Budget
+    """Nodes and levels as drafted; width and form as the length policy wanted them."""
     seconds: float
     """The whole round."""
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Draft tokens: all nodes without the root."""
+        return self.draft.nodes
 
     @property
     def host_seconds(self) -> float:
@@ -79,7 +85,7 @@ def lone_rounds(
         arm.engine.max_new_tokens = CALIBRATION_TOKENS
         arm.warm_up([prompt])
         arm.engine.max_new_tokens = NO_END
-    ends, rounds = [], []
+    ends, rounds = list[float](), list[Round]()
 
     def on_round(context: Context, one: Round) -> None:
         ends.append(time.perf_counter())
@@ -89,8 +95,9 @@ def lone_rounds(
 
     with contextlib.suppress(_EnoughError):
         arm.engine.generate([prompt], on_round=on_round)
+    wanted = arm.engine.policy.budget(Context(prompt.id, list(prompt.tokens), len(prompt.tokens)))
     found = [
-        LoneRound(forwards, one.num_draft_tokens, end - begin)
+        LoneRound(forwards, replace(wanted, nodes=one.num_draft_tokens, depth=one.max_depth), end - begin)
         for forwards, one, begin, end in zip(arm.ledger.by_round()[1:], rounds[1:], ends, ends[1:], strict=False)
     ]
     return found[:count]
@@ -101,7 +108,7 @@ def fastest(turns: Sequence[Sequence[LoneRound]]) -> list[LoneRound]:
     return [
         LoneRound(
             _fastest_events([one.forwards for one in same]),
-            same[0].num_draft_tokens,
+            same[0].draft,
             min(one.seconds for one in same),
         )
         for same in zip(*turns, strict=True)

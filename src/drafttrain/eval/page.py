@@ -47,13 +47,13 @@ def picture(draw: Callable[[Any], None], *, columns: int, rows: int = 1, height:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def write_picture(path: Path, draw: Callable[[Any], None], *, columns: int, height: float) -> None:
-    """Write a drawing in one row as a PNG file.
+def write_picture(path: Path, draw: Callable[[Any], None], *, columns: int, rows: int = 1, height: float) -> None:
+    """Write a drawing as a PNG file.
 
     Args:
-        height: In inches.
+        height: Of a row, in inches.
     """
-    figure = _figure(draw, columns=columns, rows=1, height=height)
+    figure = _figure(draw, columns=columns, rows=rows, height=height * rows)
     with written_beside(path) as temporary:
         _save(figure, temporary, format="png", dpi=110, metadata={"Software": None})
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.core.files import write_text
-from drafttrain.eval import compared
+from drafttrain.eval import advised, compared
+from drafttrain.eval.advice import Advice
+from drafttrain.eval.advised import stored_advice
 from drafttrain.eval.interval import number
 from drafttrain.eval.page import label, page, picture
 from drafttrain.eval.result import AtTemperature, DrafterFigures, HeadFigures, Result
@@ -31,17 +33,20 @@ from drafttrain.eval.table import (
 )
 
 
-def write_report(path: Path, result: Result, *, title: str, metrics: Path | None, command: str) -> None:
-    """Write the report of an evaluation.
-
-    Args:
-        metrics: metrics.csv of the training; None: a folder is evaluated without its run.
-    """
+def write_report(folder: Path, result: Result, *, title: str, command: str) -> None:
+    """Write report.html into a folder: an evaluation, with the metrics.csv of a training and the advice.json of it that are there."""
+    advice = stored_advice(folder / "advice.json", result)
     template = (resources.files("drafttrain") / "eval" / "report.html").read_text(encoding="utf-8")
     html = page(template).render(
         title=title,
         result=result,
-        plots=[*_plots_of_training(metrics), *_plots_of_result(result)],
+        plots=[
+            *_plots_of_training(folder / "metrics.csv"),
+            *_plots_of_result(result),
+            *([] if advice is None else [_plot_of_advice(advice)]),
+        ],
+        advice=advice,
+        advised=advised,
         command=command,
         carries_over=CARRIES_OVER_CAPTION,
         this_machine=THIS_MACHINE_CAPTION,
@@ -58,15 +63,20 @@ def write_report(path: Path, result: Result, *, title: str, metrics: Path | None
         compared=compared,
         target_in_words=target_in_words,
     )
-    write_text(path, html)
+    write_text(folder / "report.html", html)
 
 
 Plot = tuple[str, str, str]
 """Heading, caption, and the picture as a data URL."""
 
 
-def _plots_of_training(metrics: Path | None) -> list[Plot]:
-    if metrics is None or not metrics.exists():
+def _plot_of_advice(advice: Advice) -> Plot:
+    drawing = picture(lambda axes: advised.draw(axes, advice), height=advised.HEIGHT, **advised.grid(advice))
+    return "Predicted speed-up by batch", f"{advised.PICTURE_CAPTION}.", drawing
+
+
+def _plots_of_training(metrics: Path) -> list[Plot]:
+    if not metrics.exists():
         return []
     rows = _read(metrics)
     if any(row.get("step_ms") for row in rows):

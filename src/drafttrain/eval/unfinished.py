@@ -9,18 +9,19 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from drafttrain.core.device_time import Span
-from drafttrain.core.digests import files_digest
+from drafttrain.core.digests import files_digest, text_digest
 from drafttrain.core.files import write_json
 from drafttrain.core.foreign import read_json
 from drafttrain.core.generations import ForwardEvent, ForwardShape, Generation, Work
 from drafttrain.core.provenance import provenance
+from drafttrain.core.registry import components_of
 from drafttrain.core.texts import Prompt
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.eval.typed_json import from_json, to_json
@@ -107,14 +108,16 @@ def made_with(
     folders: Mapping[str, Path], target: Target, prompts: Sequence[Prompt], settings: EvalSettings
 ) -> dict[str, Any]:
     """Return everything that the outputs and times of an evaluation depend on."""
-    heads = [part.head for part in (settings.rule, settings.length, *settings.also) if getattr(part, "head", None)]
+    parts = list(components_of(settings))
+    heads, corpora = ([name for one in parts if (name := getattr(one, key, None))] for key in ("head", "corpus"))
     about = provenance()
     return {
         "target": [target.name, target.fingerprint, str(target.model.dtype), str(target.device)],
         "tokenizer": target.tokenizer_fingerprint,
         "drafters": {name: _content(folder) for name, folder in folders.items()},
         "heads": [_content(Path(head)) for head in heads],
-        "prompts": [[prompt.id, list(prompt.tokens), *prompt.questions] for prompt in prompts],
+        "corpora": [text_digest(Path(corpus).expanduser()) for corpus in corpora],
+        "prompts": [replace(prompt, tokens=list(prompt.tokens), chat=None) for prompt in prompts],
         "settings": settings.as_dict(),
         "versions": [about["commit"], about["python"], about["packages"], about["machine"]],
         "threads": torch.get_num_threads(),

@@ -189,7 +189,7 @@ class RunFolder:
         trained_on = {
             key: words
             for key, words in changed.items()
-            if key not in only_judged and not key.startswith(inputs.CHECKER)
+            if key not in only_judged and not key.startswith((inputs.CHECKER, inputs.BESIDE))
         }
         if self._began():
             self._refuse(trained_on, "since the training here read it")

@@ -9,19 +9,21 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from drafttrain.config.recipe import Recipe, components_of
+from drafttrain.config.recipe import Recipe
 from drafttrain.core.digests import files_digest, text_digest
 from drafttrain.core.errors import DrafttrainError
+from drafttrain.core.registry import components_of
 from drafttrain.data_gen.sources import Versioned, sources
 from drafttrain.eval.prompts import Prompts, files_of, name_of, prompt_file
+from drafttrain.eval.settings import EvalSettings
 from drafttrain.target_model.folders import fingerprint_of, resolve_folder
 from drafttrain.target_model.settings import TargetSettings
 from drafttrain.target_model.tokenizer import tokenizer_files, tokenizer_folder
 
 TARGET, TOKENIZER, GENERATION = "target.model", "target.tokenizer", "target.model (generation config)"
 PROMPTS, VALIDATION, GENERATED_FROM = "eval.prompts", "eval.validation_prompts", "data.generate.prompts"
-LABELS, CHECKER = "data.annotate", "eval.checker"
-"""Key prefixes of the files that make labels, and of the files that check outputs of an evaluation."""
+LABELS, CHECKER, BESIDE = "data.annotate", "eval.checker", "eval.beside"
+"""Key prefixes of the files that make labels, that check outputs of an evaluation, and that proposers draft from."""
 OF_TARGET = (TARGET, TOKENIZER, GENERATION)
 HEAD = "head."
 """Key prefix of the heads that an evaluation reads."""
@@ -46,12 +48,12 @@ def inputs_of(recipe: Recipe, *, only: Callable[[str], bool] = lambda key: True)
 
 def is_evaluated_on(key: str) -> bool:
     """Return whether an evaluation reads this input."""
-    return key in (*OF_TARGET, PROMPTS) or key.startswith((HEAD, CHECKER))
+    return key in (*OF_TARGET, PROMPTS) or key.startswith((HEAD, CHECKER, BESIDE))
 
 
-def target_inputs(settings: TargetSettings, prompts: Prompts) -> Inputs:
+def evaluation_inputs(target: TargetSettings, settings: EvalSettings) -> Inputs:
     """Return the inputs of an evaluation without a recipe, except its drafters."""
-    readers = [*_of_target(settings), _of_prompts(PROMPTS, prompts)]
+    readers = [*_of_target(target), *_of_evaluation(settings)]
     return {key: {"path": path, "digest": _digest(digest)} for key, path, digest in readers if path}
 
 
@@ -101,14 +103,22 @@ def _readers(recipe: Recipe) -> Iterator[Reader]:
     yield _of_folder("drafter.checkpoint", getattr(recipe.drafter, "checkpoint", None))
     yield _of_tokenizer("drafter.tokenizer", getattr(recipe.drafter, "tokenizer", None))
     yield _of_folder(f"{HEAD}drafter", getattr(recipe.head, "drafter", None))
-    for number, head in enumerate(_heads(recipe.eval)):
-        yield _of_folder(f"{HEAD}eval.{number}", head)
     yield from _of_files(LABELS, recipe.data.annotate)
-    yield from _of_files(CHECKER, recipe.eval.checker)
     if recipe.train.deepspeed is not None:
         yield _of_file("train.deepspeed.config", recipe.train.deepspeed.config)
-    yield _of_prompts(PROMPTS, recipe.eval.prompts)
+    yield from _of_evaluation(recipe.eval)
     yield _of_prompts(VALIDATION, recipe.eval.validation_prompts)
+
+
+def _of_evaluation(settings: EvalSettings) -> Iterator[Reader]:
+    parts = list(components_of(settings))
+    heads = [head for part in parts if isinstance(head := getattr(part, "head", None), str)]
+    for number, head in enumerate(heads):
+        yield _of_folder(f"{HEAD}eval.{number}", head)
+    yield from _of_files(CHECKER, settings.checker)
+    for number, part in enumerate(components_of(settings.beside)):
+        yield _of_file(f"{BESIDE}.{number} ({part.kind})", getattr(part, "corpus", None))
+    yield _of_prompts(PROMPTS, settings.prompts)
 
 
 def _of_target(settings: TargetSettings) -> Iterator[Reader]:
@@ -156,9 +166,3 @@ def _of_prompts(key: str, prompts: Prompts) -> Reader:
         return found[0][1] if isinstance(prompts, str) else found
 
     return key, name_of(prompts), digest
-
-
-def _heads(settings: Any) -> Iterator[str]:
-    for part in components_of(settings):
-        if isinstance(head := getattr(part, "head", None), str):
-            yield head

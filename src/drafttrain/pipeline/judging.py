@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -48,8 +49,8 @@ def export_and_judge(run: Run) -> None:
             f"exported: step {done.best_step} ({done.best_by.replace('_', ' ')} {done.best:.3f} on held-out data); "
             f"last step {done.last_step} ({done.last:.3f})"
         )
-    command = command_line()
-    write_report(folder.report, result, title=recipe.name, metrics=folder.train / "metrics.csv", command=command)
+    if not folder.report.exists():
+        write_report(folder.path, result, title=recipe.name, command=commands_of(folder.path))
     if exported.exists():
         # An earlier export was rejected; this one is judged now.
         shutil.rmtree(rejected, ignore_errors=True)
@@ -60,7 +61,7 @@ def export_and_judge(run: Run) -> None:
     formats = formats_of(recipe.export, getattr(recipe.drafter, "kind", None))
     if other.exists():
         _move(other, kept, formats)
-    write_text(kept / "README.md", run.card(result, command=command))
+    write_text(kept / "README.md", run.card(result, command=command_line()))
     _write_engine_cards(kept, formats, comparisons)
     say(f"{f'{run.what}:':8} {kept}")
     say(f"report:  {folder.report}")
@@ -88,3 +89,11 @@ def _write_engine_cards(folder: Path, formats: Sequence[str], comparisons: Seque
 def command_line() -> str:
     """Return the command that this process was started with."""
     return " ".join(["drafttrain", *sys.argv[1:]])
+
+
+def commands_of(folder: Path) -> str:
+    """Return the commands of a run, if the folder is one, then that of this process, one a line."""
+    made = folder / "provenance.json"
+    runs = json.loads(made.read_text(encoding="utf-8")) if made.exists() else []
+    lines = [" ".join(["drafttrain", *one["command"][1:]]) for one in runs]
+    return "\n".join(dict.fromkeys([*lines, command_line()]))

@@ -64,6 +64,10 @@ class DySpec(WholeBudget):
             return HeapTree(root, budget, drawn=drawn)
         return ThresholdTree(root, budget, drawn=drawn, least=math.log(self.settings.threshold))
 
+    def most_rows(self, budget: Budget) -> tuple[int, int]:
+        """Return bounds: all nodes but a last one have children, or are read in one call to see what children may be worth."""
+        return budget.nodes, max(1, budget.nodes - 1)
+
 
 class WorthTree(TreeGrowth):
     """A tree that knows what its places are worth. Nothing of a place's own token is in its worth, where it is drawn."""

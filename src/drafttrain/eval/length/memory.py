@@ -20,8 +20,8 @@ class MemoryLengthSettings(TreeSizeSettings):
 
     gigabytes: float | None = setting(
         None,
-        help="What decoding may hold at the peak of a round: weights, caches, logits and masks of both models, in 10^9 bytes; "
-        "null: no limit.",
+        help="What decoding may hold at the peak of a round, for all sequences decoded together: weights, caches, logits and masks of "
+        "both models, in 10^9 bytes; null: no limit.",
         gt=0,
     )
     num_draft_tokens: int = setting(24, help="Draft tokens per round at most.", ge=1)
@@ -60,17 +60,26 @@ class MemoryLength:
             self._target_cost = sum(generation.verify_seconds for generation in generations) / len(rounds)
 
     def budget(self, context: Context) -> Budget:
+        return self.budgets([context])[0]
+
+    def budgets(self, contexts: Sequence[Context]) -> list[Budget]:
+        """Return the same draft for each sequence: all of them together fit, if each were as long as the longest one."""
         most = self.settings
         wanted = Budget(most.num_draft_tokens, most.depth, most.width).within(self.paying_depth())
         if most.gigabytes is None:
-            return wanted
+            return [wanted] * len(contexts)
         assert self._memory is not None, "whoever builds a policy with a limit calls `fit`"
-        limit, tokens = most.gigabytes * 1e9, len(context.tokens)
-        found = self._memory.largest(limit, wanted, tokens, prompt=context.num_prompt_tokens)
+        limit, batch = most.gigabytes * 1e9, len(contexts)
+        longest = max(contexts, key=lambda one: len(one.tokens))
+        tokens, prompt = len(longest.tokens), longest.num_prompt_tokens
+        found = self._memory.largest(limit, wanted, tokens, prompt=prompt, batch=batch)
         if wanted.nodes and not found.nodes:
-            needed = self._memory.peak(Budget(1, 1), tokens) / 1e9
-            say_once(f"eval.length: no draft fits into {most.gigabytes:g} GB: one draft token takes {needed:.3g} GB")
-        return found
+            needed = self._memory.peak(Budget(1, 1), tokens, prompt=prompt, batch=batch) / 1e9
+            together = f" of {batch} sequences together" if batch > 1 else ""
+            say_once(
+                f"eval.length: no draft{together} fits into {most.gigabytes:g} GB: one draft token each takes {needed:.3g} GB"
+            )
+        return [found] * batch
 
     def paying_depth(self) -> int:
         """Return the depth with the most tokens per time; 0: plain decoding is the fastest."""

@@ -51,6 +51,11 @@ class RsdS(WholeBudget):
         """Return a tree of its root only."""
         return StochasticBeam(root, budget, uniform)
 
+    def most_rows(self, budget: Budget) -> tuple[int, int]:
+        """Return the root and all levels but the last one, and a level."""
+        level = min(budget.width, budget.nodes)
+        return min(1 + (budget.depth - 1) * level, budget.nodes), level
+
 
 class StochasticBeam(TreeGrowth):
     """A node has a perturbed log-probability G; the nodes with the largest G of a level are taken.

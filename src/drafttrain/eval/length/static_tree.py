@@ -83,6 +83,14 @@ class StaticForm:
         """Return a tree of its root only."""
         return StaticTree(root, budget, self.shape)
 
+    def most_rows(self, budget: Budget) -> tuple[int, int]:
+        """Return the places that have children, and those of the level with most of them."""
+        level, counts = [self.shape], list[int]()
+        while level and len(counts) < budget.depth:
+            counts.append(sum(bool(shape) for shape in level))
+            level = [child for shape in level for child in shape]
+        return min(sum(counts), budget.nodes), min(max(counts, default=0), budget.nodes)
+
     def budget(self) -> Budget:
         """Return the budget of a whole tree. A shape of one child each is a chain, and is drafted as such."""
         nodes, width = count_nodes(self.shape), most_children(self.shape)
