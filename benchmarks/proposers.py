@@ -45,6 +45,7 @@ from drafttrain.eval.proposers.lookahead import LookaheadSettings
 from drafttrain.eval.proposers.ngram import NgramSettings
 from drafttrain.eval.proposers.none import PLAIN
 from drafttrain.eval.proposers.rasd import RasdSettings
+from drafttrain.eval.proposers.superposed import SuperposedSettings
 from drafttrain.eval.proposers.token_recycling import TokenRecyclingSettings
 from drafttrain.eval.settings import EvalSettings, length_label
 from drafttrain.eval.statistics import ratio_interval, ratio_of_ratios
@@ -54,6 +55,7 @@ CHAIN, LONG_CHAIN, TREE = FixedLengthSettings(), FixedLengthSettings(10), TreeSe
 WIDE = TreeSettings(num_draft_tokens=80, depth=6, width=8)
 SEARCHED = TreeSettings(num_draft_tokens=64, depth=5, width=12)
 WINDOW = TreeSettings(num_draft_tokens=56, depth=11, width=8)
+THREE_CHAINS = TreeSettings(num_draft_tokens=15, depth=5, width=3)
 
 
 NUM_BYTES = 2
@@ -92,9 +94,14 @@ def ways(drafter: Drafter | None) -> list[Way]:
     ]
     found = [Way(TrainingFree(one), TrainingFree(one).label, length) for one, length in free]
     if drafter is not None:
-        fused = [RasdSettings(), RasdSettings(chain=True)]
+        using = [
+            (RasdSettings(), TREE),
+            (RasdSettings(chain=True), TREE),
+            (SuperposedSettings(), THREE_CHAINS),
+            (SuperposedSettings(temperature=1.0, ngram_weight=0.0), THREE_CHAINS),
+        ]
         found += [Way(drafter, "trained drafter", length) for length in (CHAIN, TREE)]
-        found += [Way(TrainingFree(one, drafter), TrainingFree(one).label, TREE) for one in fused]
+        found += [Way(TrainingFree(one, drafter), TrainingFree(one).label, length) for one, length in using]
     return found
 
 

@@ -155,14 +155,21 @@ class Recipe:
                 yield f"{key}: {length.kind} is a tree, and drafter.kind {self.drafter.kind} drafts chains only: use kind fixed or confidence"
 
     def _beside(self) -> Iterator[str]:
-        """Yield proposers that cannot add nodes to what this drafter drafts."""
-        if getattr(self.drafter, "kind", "") == "kangaroo":
-            for one in self.eval.beside:
-                if getattr(one, "reads_drafter", False):
-                    yield (
-                        f"eval.beside: {one.kind} adds nodes to the drafter's, and drafter.kind kangaroo runs the target's first "
-                        "blocks on its own nodes only: give it another `drafter`, or leave it out"
-                    )
+        """Yield proposers that cannot use this drafter."""
+        kind, made_of = getattr(self.drafter, "kind", ""), _component(self.drafter)
+        own_tokenizer = getattr(self.drafter, "tokenizer", None) is not None
+        reads_text = made_of is None or (made_of.writes_text and not own_tokenizer)
+        for one in components_of(self.eval.beside):
+            if kind == "kangaroo" and getattr(one, "extends_drafter", False):
+                yield (
+                    f"eval.beside: {one.kind} adds nodes to the drafter's, and drafter.kind kangaroo runs the target's first "
+                    "blocks on its own nodes only: give it another `drafter`, or leave it out"
+                )
+            if getattr(one, "reads_language_model", False) and not reads_text:
+                yield (
+                    f"eval.beside: {one.kind} reads text with the drafter's own language model, so it needs drafter.kind "
+                    f"causal_lm without drafter.tokenizer, got {kind}{' with one' if own_tokenizer else ''}"
+                )
 
     def _exports(self) -> Iterator[str]:
         """Yield the formats and engines that do not support what this recipe trains."""
