@@ -16,7 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from drafttrain.core.texts import Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
+from drafttrain.eval.acceptance.mixed_target import MixedTargetSettings
 from drafttrain.eval.arms import Arm, Baseline, decode
 from drafttrain.eval.clock import Clock, Efficiency, roofline_of, serial_seconds
 from drafttrain.eval.figures import prompt_counts, speedup
@@ -44,6 +45,7 @@ from drafttrain.eval.proposers.jacobi import JacobiSettings
 from drafttrain.eval.proposers.lookahead import LookaheadSettings
 from drafttrain.eval.proposers.ngram import NgramSettings
 from drafttrain.eval.proposers.none import PLAIN
+from drafttrain.eval.proposers.rapid import RapidSettings
 from drafttrain.eval.proposers.rasd import RasdSettings
 from drafttrain.eval.proposers.superposed import SuperposedSettings
 from drafttrain.eval.proposers.token_recycling import TokenRecyclingSettings
@@ -58,6 +60,8 @@ WINDOW = TreeSettings(num_draft_tokens=56, depth=11, width=8)
 THREE_CHAINS = TreeSettings(num_draft_tokens=15, depth=5, width=3)
 
 
+HALF = RapidSettings(context_tokens=24, chunk_tokens=4, query_tokens=12, first_tokens=4)
+"""Reads half of a prompt of 48 tokens."""
 NUM_BYTES = 2
 """Of the numbers of weights and caches in the prediction: bfloat16."""
 MADE_WITH = ("target", "drafter", "prompts", "num", "new", "gpu")
@@ -79,6 +83,15 @@ class Way:
         rule = acceptance_rules.build(self.rule)
         return f"{self.name} (LOSSY)" if rule.exactness is Exactness.LOSSY else self.name
 
+    def works_at(self, temperature: float) -> bool:
+        """Return whether its rule has an effect: at temperature 0 a mixed target has none."""
+        return temperature > 0 or not isinstance(self.rule, MixedTargetSettings)
+
+
+def name_of(settings: Any) -> str:
+    """Return the label of a proposer, with a shorter one of `HALF`."""
+    return TrainingFree(settings).label.replace(TrainingFree(HALF).label, "rapid, half of the prompt")
+
 
 def ways(drafter: Drafter | None) -> list[Way]:
     """Return all ways, each at the size that its paper uses."""
@@ -91,17 +104,21 @@ def ways(drafter: Drafter | None) -> list[Way]:
         (JacobiSettings(), CHAIN),
         (LookaheadSettings(), WINDOW),
         (RasdSettings(drafter=TokenRecyclingSettings()), WIDE),
+        (replace(HALF, model="target"), CHAIN),
     ]
-    found = [Way(TrainingFree(one), TrainingFree(one).label, length) for one, length in free]
+    found = [Way(TrainingFree(one), name_of(one), length) for one, length in free]
     if drafter is not None:
         using = [
             (RasdSettings(), TREE),
             (RasdSettings(chain=True), TREE),
             (SuperposedSettings(), THREE_CHAINS),
             (SuperposedSettings(temperature=1.0, ngram_weight=0.0), THREE_CHAINS),
+            (HALF, CHAIN),
         ]
         found += [Way(drafter, "trained drafter", length) for length in (CHAIN, TREE)]
-        found += [Way(TrainingFree(one, drafter), TrainingFree(one).label, length) for one, length in using]
+        found += [Way(TrainingFree(one, drafter), name_of(one), length) for one, length in using]
+        mixed = MixedTargetSettings()
+        found.append(Way(TrainingFree(HALF, drafter), f"{name_of(HALF)}, margin {mixed.margin:g}", CHAIN, mixed))
     return found
 
 
@@ -219,7 +236,7 @@ def main() -> None:
     rows = {key_of(one): one for one in stored_rows(arguments.out, made_with)}
     target = load_target(arguments.target)
     drafter = load_drafter(arguments.drafter, target) if arguments.drafter else None
-    every = [(way, temperature) for way in ways(drafter) for temperature in arguments.temperatures]
+    every = [(way, t) for way in ways(drafter) for t in arguments.temperatures if way.works_at(t)]
     for way, temperature in every:
         key = (way.label, length_label(way.length), temperature)
         wanted = any(word in way.label for word in arguments.only)
