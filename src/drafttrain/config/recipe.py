@@ -144,14 +144,19 @@ class Recipe:
                 yield f"{key}: {length.kind} is a tree, and drafter.kind {self.drafter.kind} drafts chains only: use kind fixed or confidence"
 
     def _beside(self) -> Iterator[str]:
-        """Yield proposers that cannot add nodes to what this drafter drafts."""
-        if getattr(self.drafter, "kind", "") == "kangaroo":
-            for one in self.eval.beside:
-                if getattr(one, "reads_drafter", False):
-                    yield (
-                        f"eval.beside: {one.kind} adds nodes to the drafter's, and drafter.kind kangaroo runs the target's first "
-                        "blocks on its own nodes only: give it another `drafter`, or leave it out"
-                    )
+        """Yield proposers and a rule that cannot use what this drafter drafts."""
+        kind, made_of = getattr(self.drafter, "kind", ""), _component(self.drafter)
+        reads_text = made_of is None or (made_of.writes_text and getattr(self.drafter, "tokenizer", None) is None)
+        for one in components_of(self.eval.beside):
+            if kind == "kangaroo" and getattr(one, "extends_drafter", False):
+                yield (
+                    f"eval.beside: {one.kind} adds nodes to the drafter's, and drafter.kind kangaroo runs the target's first "
+                    "blocks on its own nodes only: give it another `drafter`, or leave it out"
+                )
+            if getattr(one, "reads_language_model", False) and not reads_text:
+                yield f"eval.beside: {one.kind} reads text with the drafter's own language model: it needs drafter.kind causal_lm without drafter.tokenizer, got {kind}"
+        if getattr(self.eval.rule, "kind", "") == "mixed_target" and getattr(self.drafter, "draft", "") == "greedy":
+            yield "eval.rule: mixed_target moves the target towards the distribution that a chain is drawn from, and drafter.draft greedy draws none"
 
     def _exports(self) -> Iterator[str]:
         """Yield the formats and engines that do not support what this recipe trains."""

@@ -9,6 +9,7 @@ from drafttrain.data_gen.checkers import checkers
 from drafttrain.drafters.causal_lm.layer_parallel import layer_problem
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
+from drafttrain.eval.acceptance.mixed_target import MixedTargetSettings
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.pipelined import PIPELINED, SERIAL, Schedule
@@ -111,6 +112,8 @@ class EvalSettings:
             ]
             if not isinstance(self.rule, LosslessSettings):
                 problems.append(f"schedule: pipelined needs rule: {{kind: lossless}}, got {self.rule.kind}")
+        if isinstance(self.rule, MixedTargetSettings):
+            problems += self._without_drafts_to_move_to()
         if beside and any(length.kind == "batch_schedule" for _, length in self.lengths()):
             problems.append(
                 "beside: batch_schedule divides draft tokens by the drafter's confidence, which no proposer there has: leave one out"
@@ -144,6 +147,16 @@ class EvalSettings:
                 )
             elif drafter.init != "checkpoint" and (problem := layer_problem(drafter.num_layers)):
                 problems.append(f"{key}: {problem} (drafter.num_layers): set 1")
+        return problems
+
+    def _without_drafts_to_move_to(self) -> list[str]:
+        """Return what leaves the mixed target nothing to move towards: draft tokens that are not drawn from a distribution."""
+        why = "rule: mixed_target moves the target towards the distribution that a chain is drawn from"
+        problems = [f"{why}: leave 0 out of temperatures"] if 0 in self.temperatures else []
+        trees = [length_label(length) for _, length in self.lengths() if getattr(length, "most_children", 1) > 1]
+        problems += [f"{why}, and {one} is a tree: use kind fixed or confidence" for one in trees]
+        if self.across_tokenizers == "strings":
+            problems.append(f"{why}, and strings have none: set across_tokenizers: tokens")
         return problems
 
     def lengths(self) -> list[tuple[str, Any]]:

@@ -51,6 +51,7 @@ def walk(
     *,
     credit: Callable[[float], float] | None = None,
     overrule: Callable[[int], bool] | None = None,
+    moved: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[list[int], int | None]:
     """Return (accepted path from the root, the token after it); both have exactly the target's distribution.
 
@@ -67,6 +68,7 @@ def walk(
         decisions: Source of random decisions.
         credit: Lossy: test credit(p(x)) instead of p(x). The residual is still that of p.
         overrule: Lossy: called for the children of a node in draw order when all were rejected; the first True is accepted.
+        moved: Lossy: test drawn tokens against p' = moved(p, q) in place of p. The residual is that of p and min(q, p').
 
     Source: Leviathan et al. 2022, arXiv 2211.17192, algorithm 1, for chains; Miao et al. 2023, SpecInfer, arXiv 2305.09781,
     for siblings drawn independently; Jeon et al. 2024, arXiv 2402.14160, for siblings drawn without replacement.
@@ -97,13 +99,17 @@ def walk(
             else:
                 target = float(target_V[tokens[child]])
                 drafter = 1.0 if drawn_from_V is None else float(drawn_from_V[tokens[child]])
+            accepted_V = drawn_from_V
+            if moved is not None and drawn_from_V is not None:
+                moved_V = moved(target_V, drawn_from_V)
+                target, accepted_V = float(moved_V[tokens[child]]), torch.minimum(drawn_from_V, moved_V)
             if decisions.accept(_ratio(target, drafter, credit)):
                 path.append(child)
                 break
-            if drawn_from_V is None:
+            if drawn_from_V is None or accepted_V is None:
                 target_V = residual_without(target_V, tokens[child])
                 continue
-            target_V = residual(target_V, drawn_from_V)
+            target_V = residual(target_V, accepted_V)
             if proposal.draw is DrawMode.WITHOUT_REPLACEMENT:
                 drafter_V = residual_without(drawn_from_V, tokens[child])
         else:

@@ -130,6 +130,7 @@ class CachedLM:
         needs: TargetNeeds | None = None,
         prefill: bool = False,
         resume: Sequence[LayerState | None] | None = None,
+        embedded: Sequence[Tensor] | None = None,
     ) -> list[TargetOutput]:
         """Read new tokens of every sequence; return the requested outputs of each, as a batch of one.
 
@@ -139,6 +140,7 @@ class CachedLM:
             needs: What to return; by default logits. Without logits the head does not run.
             prefill: The call reads prompts (reported to the listener).
             resume: The results of `run_first_blocks` for exactly these tokens, by sequence: the call continues from there.
+            embedded: By sequence, embedded_ND that are read in place of the embeddings of its tokens; None: those.
         """
         states = [one for one in resume or () if one is not None]
         if states and (len(states) < len(tokens) or any(one.layer != self.split for one in states)):
@@ -157,6 +159,7 @@ class CachedLM:
             needs=needs,
             running=range(self.split if states and self.split else 0, self._num_layers),
             entering=[one.hidden_ND for one in states] or None,
+            embedded=embedded,
             prefill=prefill,
         )
 
@@ -215,6 +218,7 @@ class CachedLM:
         needs: TargetNeeds,
         running: range,
         entering: Sequence[Tensor] | None = None,
+        embedded: Sequence[Tensor] | None = None,
         prefill: bool = False,
     ) -> list[TargetOutput]:
         """Read new tokens with the blocks of `running`; return the requested outputs by sequence."""
@@ -222,7 +226,13 @@ class CachedLM:
         if not any(sizes):
             return [TargetOutput() for _ in tokens]
         output, seen = self._run(
-            tokens, parents=parents, needs=needs, running=running, entering=entering, prefill=prefill
+            tokens,
+            parents=parents,
+            needs=needs,
+            running=running,
+            entering=entering,
+            embedded=embedded,
+            prefill=prefill,
         )
         return [
             TargetOutput(
@@ -242,6 +252,7 @@ class CachedLM:
         needs: TargetNeeds,
         running: range,
         entering: Sequence[Tensor] | None = None,
+        embedded: Sequence[Tensor] | None = None,
         prefill: bool = False,
     ) -> tuple[Any, dict[int | str, Tensor]]:
         """Read new tokens with the blocks of `running`; return the model's output and its hidden states, batched."""
@@ -255,7 +266,7 @@ class CachedLM:
         # One copy to the device for both.
         tokens_BN, positions_BN = torch.stack([tokens_BN, positions_BN]).to(self.device)
         arguments: dict[str, Any] = {
-            "input_ids": tokens_BN,
+            **({"input_ids": tokens_BN} if embedded is None else {"inputs_embeds": padded_rows(embedded, width)}),
             "attention_mask": self._mask(caches[0], trees, width),
             "past_key_values": caches[0].hf,
             "use_cache": True,
@@ -267,7 +278,11 @@ class CachedLM:
         with (
             tapped as seen,
             self._attention(),
-            nullcontext() if whole else block_range(self.model, running, entering_BND=_stacked(entering, width)),
+            nullcontext()
+            if whole
+            else block_range(
+                self.model, running, entering_BND=None if entering is None else padded_rows(entering, width)
+            ),
         ):
             output = (self.model if needs.logits else self._trunk)(**arguments)
         lengths = caches[0].lengths
@@ -343,9 +358,9 @@ class CachedLM:
         )
 
 
-def _stacked(rows: Sequence[Tensor] | None, width: int) -> Tensor | None:
-    """Return the rows of all sequences as a padded batch."""
-    return None if rows is None else torch.stack([pad(row_ND, (0, 0, 0, width - len(row_ND))) for row_ND in rows])
+def padded_rows(rows: Sequence[Tensor], width: int) -> Tensor:
+    """Return the rows_ND of all sequences as a padded batch."""
+    return torch.stack([pad(row_ND, (0, 0, 0, width - len(row_ND))) for row_ND in rows])
 
 
 def sliding_window(config: Any, *, name: str) -> int | None:

@@ -20,7 +20,7 @@ from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.drafters.decoding_layer import DecodingAttention, DecodingSwiGLU, Turn, TurnTable, attend
 from drafttrain.drafters.few_rows import product_with
 from drafttrain.drafters.keys_and_values import KeysAndValues
-from drafttrain.target_model.cached_lm import CachedLM
+from drafttrain.target_model.cached_lm import CachedLM, padded_rows
 from drafttrain.target_model.model_weights import ModelWeights
 from drafttrain.target_model.ragged_cache import Tree, ancestors, depths
 
@@ -109,6 +109,7 @@ class DecodingLM:
         parents: Sequence[Tree] | None = None,
         needs: TargetNeeds | None = None,
         prefill: bool = False,
+        embedded: Sequence[Tensor] | None = None,
     ) -> list[TargetOutput]:
         """Read new tokens of every sequence; return the requested outputs of each, as a batch of one.
 
@@ -117,6 +118,7 @@ class DecodingLM:
             parents: The tree of each sequence (see `Tree`); None: all are chains.
             needs: What to return, of logits and final states; by default logits.
             prefill: The call reads prompts (reported to the listener).
+            embedded: By sequence, embedded_ND that are read in place of the embeddings of its tokens; None: those.
         """
         needs = needs or TargetNeeds(logits=True)
         sizes = [len(nodes) for nodes in tokens]
@@ -124,7 +126,7 @@ class DecodingLM:
             return [TargetOutput() for _ in tokens]
         span = Span(self.device)
         lengths = self.lengths
-        final_BND = self._states(tokens, parents, width=max(sizes), wanted=needs.logits or needs.final)
+        final_BND = self._states(tokens, parents, embedded, width=max(sizes), wanted=needs.logits or needs.final)
         logits_BNV = self._head(final_BND) if needs.logits else None
         self.lengths = [length + size for length, size in zip(self.lengths, sizes, strict=True)]
         if self._listener is not None:
@@ -168,7 +170,13 @@ class DecodingLM:
             layer.columns.select(keep, width=max(self.lengths, default=0))
 
     def _states(
-        self, tokens: Sequence[Sequence[int]], parents: Sequence[Tree] | None, *, width: int, wanted: bool
+        self,
+        tokens: Sequence[Sequence[int]],
+        parents: Sequence[Tree] | None,
+        embedded: Sequence[Tensor] | None,
+        *,
+        width: int,
+        wanted: bool,
     ) -> Tensor:
         """Return final_BND, and write the columns of these tokens."""
         starts, end = self.lengths, max(self.lengths) + width
@@ -202,7 +210,7 @@ class DecodingLM:
                 layer.write_at(columns_BN, key_BGNd, value_BGNd)
             return layer.first(end)
 
-        stream_BND = embedding(tokens_BN, self._embedding_VD)
+        stream_BND = embedding(tokens_BN, self._embedding_VD) if embedded is None else padded_rows(embedded, width)
         turn = self._turns.at(positions_BN, last=end - 1, like=stream_BND)
         for group in self._groups():
             attended = [layer.attended(stream_BND, turn, store, allowed_BNC, causal=prompts) for layer in group]

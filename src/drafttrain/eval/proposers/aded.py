@@ -6,8 +6,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,8 +14,8 @@ from torch import Tensor
 from drafttrain.core.proposals import Budget, Context, Proposal, Verdict
 from drafttrain.core.roles import Proposer
 from drafttrain.core.settings import setting
-from drafttrain.data_gen.plain_ids import plain_ids
 from drafttrain.eval.proposers import Surroundings, TextProposer, proposers
+from drafttrain.eval.proposers.ngram_counts import CorpusSettings, NgramCounts
 from drafttrain.eval.proposers.token_tree import TokenTree
 
 EXPLORE, FLATTEN = 32.0, 8.0
@@ -24,12 +23,9 @@ EXPLORE, FLATTEN = 32.0, 8.0
 
 
 @dataclass
-class AdedSettings:
+class AdedSettings(CorpusSettings):
     """A tree search over a table of trigrams, which is sharpened by the text as it is written."""
 
-    corpus: str | None = setting(
-        None, help="A text file that is counted before; null: only the text so far is counted."
-    )
     text_weight: float = setting(
         8.0, help="What an n-gram of the text so far counts, where one of the corpus counts 1.", gt=0
     )
@@ -39,29 +35,6 @@ class AdedSettings:
     warm: bool = setting(
         False, help="Keep the counts of a text for the next ones; else each starts from the corpus alone."
     )
-
-    def check(self) -> list[str]:
-        """Return what is wrong across fields."""
-        if self.corpus is not None and not Path(self.corpus).expanduser().is_file():
-            return [f"corpus: {self.corpus}: no such file"]
-        return []
-
-
-Counts = dict[tuple[int, ...], dict[int, float]]
-
-
-@dataclass
-class NgramCounts:
-    """How often each token followed one and two tokens."""
-
-    following: Counts = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
-
-    def add(self, tokens: Sequence[int], *, start: int = 0, weight: float = 1.0) -> None:
-        """Count the tokens from `start` on, each after the one and the two before it."""
-        for end in range(max(start, 1), len(tokens)):
-            for size in (1, 2):
-                if end >= size:
-                    self.following[tuple(tokens[end - size : end])][tokens[end]] += weight
 
 
 class TrigramTable:
@@ -227,10 +200,7 @@ class Aded(TextProposer):
 
     @classmethod
     def create(cls, settings: AdedSettings, surroundings: Surroundings) -> Proposer:
-        if settings.corpus is None:
-            return cls(settings)
-        text = Path(settings.corpus).expanduser().read_text(encoding="utf-8")
-        return cls(settings, plain_ids(surroundings.target.tokenizer, text))
+        return cls(settings, settings.corpus_tokens(surroundings.target.tokenizer))
 
     def start(self, context: Context) -> _Searched:
         text = self._text if self.settings.warm else NgramCounts()

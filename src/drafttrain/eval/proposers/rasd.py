@@ -41,6 +41,11 @@ class RasdSettings:
     )
 
     @property
+    def extends_drafter(self) -> bool:
+        """It adds nodes to those of the drafter that is evaluated."""
+        return self.drafter is None
+
+    @property
     def reads_drafter(self) -> bool:
         """It uses the drafter that is evaluated, or one of its parts does."""
         parts = (self.drafter, self.retrieval)
