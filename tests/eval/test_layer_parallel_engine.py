@@ -22,6 +22,7 @@ from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.drafters.causal_lm.proposer import ChainProposer
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.evaluate import choose_drafts, evaluate
+from drafttrain.eval.fastest_length import known_lengths
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.length.rsd_s import RsdS, RsdSSettings
@@ -29,6 +30,7 @@ from drafttrain.eval.length.tree import TreeLength, TreeSettings
 from drafttrain.eval.pipelined import Pipelined
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.eval.table import drafting_in_words
+from drafttrain.serving.draft_length import best_length
 from drafttrain.serving.promise import promise_of
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.target_model.other_tokenizer import OtherTokenizer
@@ -226,7 +228,9 @@ def test_the_distribution_of_all_draws_is_the_targets() -> None:
 # ---------------------------------------------------------------- the evaluation
 
 
-def test_an_evaluation_says_how_was_drafted_and_promises_engines_nothing(save_llama: Callable[..., Path]) -> None:
+def test_an_evaluation_says_how_was_drafted_and_promises_engines_nothing(
+    save_llama: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = save_llama(num_layers=4)
     target = Target.load(TargetSettings(model=str(folder)))
     prompts = [replace(prompt, tokens=list(prompt.tokens)[:6]) for prompt in PROMPTS]
@@ -242,6 +246,11 @@ def test_an_evaluation_says_how_was_drafted_and_promises_engines_nothing(save_ll
     assert promise_of(found, temperature=0.0, num_draft_tokens=5) is None
     assert "layer_parallel_size" not in drafting_in_words(ordinary)
     assert promise_of(ordinary, temperature=0.0, num_draft_tokens=5) is not None
+    with pytest.raises(CheckpointError, match=r"that replay can compute.*eval\.layer_parallel_size: 1"):
+        best_length(found)
+    for one, known in ((found, False), (ordinary, True)):
+        one.write(tmp_path / "eval.json")
+        assert (known_lengths(tmp_path, temperature=0.0) is not None) == known
 
 
 def test_drafters_without_a_language_model_of_their_own_are_refused_by_name() -> None:
