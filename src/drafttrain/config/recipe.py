@@ -146,7 +146,8 @@ class Recipe:
     def _beside(self) -> Iterator[str]:
         """Yield proposers and a rule that cannot use what this drafter drafts."""
         kind, made_of = getattr(self.drafter, "kind", ""), _component(self.drafter)
-        reads_text = made_of is None or (made_of.writes_text and getattr(self.drafter, "tokenizer", None) is None)
+        own_tokens = getattr(self.drafter, "tokenizer", None) is not None
+        reads_text = made_of is None or (getattr(made_of, "writes_text", False) and not own_tokens)
         for one in components_of(self.eval.beside):
             if kind == "kangaroo" and getattr(one, "extends_drafter", False):
                 yield (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -248,7 +248,7 @@ class Superposed:
         return weights_K.to(embedded_KD)[None] @ embedded_KD
 
     def _proposal(self, context: Context, budget: Budget, one: Superposition) -> Proposal:
-        tree = TokenTree(context.tokens[-1], replace(budget, form=None))
+        tree = TokenTree(context.tokens[-1], budget)
         one.grow(tree)
         return tree.proposal()
 
