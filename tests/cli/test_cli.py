@@ -118,6 +118,8 @@ def test_wrong_arguments_exit_with_2(tmp_path):
     assert "drafttrain compare compares drafters" in call("eval", "a", "b", code=2)[1]
     assert "no such folder" in call("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--target", "x", code=2)[1]
     assert "give 1 to 26 drafters, got 0" in call("compare", code=2)[1]
+    for words in (("serve-config",), ("online", "status"), ("online", "rollback"), ("import",)):
+        assert "a: no such folder" in call(*words, str(tmp_path / "a"), code=2)[1]
     twice = call("compare", "a", "a", "--prompts", "b.jsonl", "eval.prompts=c.jsonl", code=2)[1]
     assert "a: named twice" in twice
     assert "both name prompts" in twice

@@ -12,7 +12,7 @@ import typer
 
 from drafttrain import __version__
 from drafttrain.core.console import complain, say, stderr
-from drafttrain.core.errors import DrafttrainError, Interrupted
+from drafttrain.core.errors import DrafttrainError, Interrupted, RecipeError
 from drafttrain.distributed.world import is_first
 
 if TYPE_CHECKING:
@@ -114,6 +114,17 @@ def only_first_process() -> None:
     """Exit with 0 in every process but the first of those that a launcher started."""
     if not is_first():
         raise typer.Exit(0)
+
+
+def existing_folder(given: Path) -> Path:
+    """Return a folder that an argument names.
+
+    Raises:
+        RecipeError: It does not exist.
+    """
+    if not given.is_dir():
+        raise RecipeError("arguments", [f"{given}: no such folder"])
+    return given
 
 
 def names_and_overrides(words: list[str] | None) -> tuple[list[str], list[str]]:
