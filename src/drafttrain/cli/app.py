@@ -13,7 +13,7 @@ import typer
 from drafttrain import __version__
 from drafttrain.core.console import complain, say, stderr
 from drafttrain.core.errors import DrafttrainError, Interrupted, RecipeError
-from drafttrain.distributed.world import is_first
+from drafttrain.distributed.world import is_first, world
 
 if TYPE_CHECKING:
     from drafttrain.config.recipe import Recipe
@@ -94,7 +94,8 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
     except DrafttrainError as error:
         if debug:
             stderr.print_exception()
-        complain(str(error))
+        if not isinstance(error, RecipeError) or _is_first_here():
+            complain(str(error))
         raise typer.Exit(error.exit_code) from error
     except OSError as error:
         if debug:
@@ -108,6 +109,14 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
         raise typer.Exit(Interrupted.exit_code) from error
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _is_first_here() -> bool:
+    """Return whether this is the first process of its machine: a recipe is wrong for all of them, a missing file for one machine."""
+    try:
+        return world().local_rank == 0
+    except RecipeError:  # the launcher's environment is itself what is wrong
+        return True
 
 
 def only_first_process() -> None:
