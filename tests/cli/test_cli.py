@@ -18,7 +18,7 @@ from drafttrain.cli import app
 from drafttrain.cli.app import OVERRIDE, exit_codes
 from drafttrain.config.bundled import bundled_folder, bundled_recipes
 from drafttrain.core import console
-from drafttrain.core.errors import GateError, RecipeError
+from drafttrain.core.errors import CheckpointError, GateError, RecipeError
 
 BAD = "name: bad\nloss: {kind: tvdp}\ntrain:\n  learning_rate: 1\n"
 
@@ -107,6 +107,26 @@ def test_a_wrong_recipe_ends_every_command_before_anything_is_loaded(bad_recipe,
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "speaks"), [("0", "0", True), ("1", "1", False), ("2", "0", True), ("3", "1", False)]
+)
+def test_of_several_processes_one_on_each_machine_names_what_is_wrong_with_the_recipe(
+    bad_recipe, monkeypatch, capsys, rank, local_rank, speaks
+):
+    launched = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (launched | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    _, stderr = call("fit", bad_recipe, code=2)
+    assert ("Did you mean 'tvdpp'?" in stderr) == speaks
+    assert speaks or not stderr
+    # Other errors may be those of one process alone.
+    with pytest.raises(typer.Exit), exit_codes(debug=False):
+        raise CheckpointError("a disk is full")
+    assert "a disk is full" in capsys.readouterr().err
+    monkeypatch.delenv("MASTER_PORT")
+    assert "MASTER_PORT" in call("eval", "demo", code=2)[1], "which process this is, is not known"
+
+
 def test_debug_shows_the_traceback(bad_recipe):
     assert "RecipeError" not in call("fit", bad_recipe, code=2)[1]
     assert "RecipeError" in call("fit", bad_recipe, "--debug", code=2)[1]
@@ -118,6 +138,8 @@ def test_wrong_arguments_exit_with_2(tmp_path):
     assert "drafttrain compare compares drafters" in call("eval", "a", "b", code=2)[1]
     assert "no such folder" in call("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--target", "x", code=2)[1]
     assert "give 1 to 26 drafters, got 0" in call("compare", code=2)[1]
+    for words in (("serve-config",), ("online", "status"), ("online", "rollback"), ("import",)):
+        assert "a: no such folder" in call(*words, str(tmp_path / "a"), code=2)[1]
     twice = call("compare", "a", "a", "--prompts", "b.jsonl", "eval.prompts=c.jsonl", code=2)[1]
     assert "a: named twice" in twice
     assert "both name prompts" in twice

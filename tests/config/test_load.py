@@ -1,5 +1,6 @@
 """The real recipe: every bundled file loads, dumps to an equal one, shrinks, and fits its schema."""
 
+import contextlib
 import copy
 import re
 import sys
@@ -15,9 +16,10 @@ from drafttrain.config.bundled import bundled_recipes, find_recipe, is_recipe, t
 from drafttrain.config.dump import dump_recipe
 from drafttrain.config.fields import fields_of
 from drafttrain.config.load import load_recipe, load_sections, read_recipe
-from drafttrain.config.recipe import Recipe, components_of
+from drafttrain.config.recipe import Recipe
 from drafttrain.config.schema import recipe_schema
 from drafttrain.core.errors import RecipeError
+from drafttrain.core.registry import components_of
 from drafttrain.drafters import drafters
 from drafttrain.losses import losses
 from drafttrain.target_model import TargetSettings
@@ -282,23 +284,39 @@ def test_plugins_register_kinds_before_they_are_looked_up(tmp_path, monkeypatch)
     assert "plugins: cannot import 'no_such_module'" in found[0]
 
 
-def test_a_plugin_with_a_type_that_no_structured_config_holds_is_refused(tmp_path, monkeypatch):
+@contextlib.contextmanager
+def plugin_with(field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A plugin whose drafter's settings have this field; its override."""
     (tmp_path / "odd_plugin_of_a_test.py").write_text(
         "from dataclasses import dataclass\n"
         "from drafttrain.drafters import drafters\n"
         "@dataclass\n"
         "class Settings:\n"
-        "    arms: set[str] = None\n"
+        f"    {field}\n"
         "@drafters.register('odd_hydra', Settings)\n"
         "class Hydra: pass\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     try:
-        (found,) = problems(DEMO.read_text(), "plugins=[odd_plugin_of_a_test]", "drafter={kind: odd_hydra}")
-        assert "Unexpected type annotation: set[str]" in found
+        yield "plugins=[odd_plugin_of_a_test]"
     finally:
         drafters._entries.pop("odd_hydra", None)
         sys.modules.pop("odd_plugin_of_a_test", None)
+
+
+def test_a_plugin_with_a_type_that_no_structured_config_holds_is_refused(tmp_path, monkeypatch):
+    with plugin_with("arms: set[str] = None", tmp_path, monkeypatch) as plugin:
+        (found,) = problems(DEMO.read_text(), plugin, "drafter={kind: odd_hydra}")
+        assert "Unexpected type annotation: set[str]" in found
+
+
+@pytest.mark.parametrize(("given", "arms"), [("", None), (", arms: null", None), (", arms: 9", 9)])
+def test_a_plugin_may_have_none_as_the_default_of_a_number(tmp_path, monkeypatch, given, arms):
+    with plugin_with("arms: int = None", tmp_path, monkeypatch) as plugin:
+        made = load_recipe("demo", [plugin, f"drafter={{kind: odd_hydra{given}}}"])
+        assert made.drafter.arms == arms
+        wrong = problems(DEMO.read_text(), plugin, "drafter={kind: odd_hydra, arms: many}")
+        assert any("arms: must be a whole number" in one for one in wrong)
 
 
 def test_every_field_of_every_section_says_what_it_means():

@@ -30,4 +30,4 @@ def test_a_problem_ends_with_exit_code_1_and_no_folder(save_llama, tmp_path):
     printed = call(str(folder), "--target", str(save_llama(num_layers=4)), code=1)
     assert "model.safetensors: extra: this layout has no such tensor" in printed
     assert not (tmp_path / "theirs.drafter").exists()
-    assert "no such folder" in call(str(tmp_path / "none"), "--target", "x", code=1)
+    assert "no such folder" in call(str(tmp_path / "none"), "--target", "x", code=2)

@@ -44,6 +44,10 @@ def test_serve_config_takes_a_run_folder_for_its_drafter(evaluated, tmp_path):
     of_run = served(tmp_path)
     assert of_run.exit_code == 0, of_run.stderr
     assert of_run.stdout == served(folder).stdout
+    missing = served(tmp_path / "none")
+    assert missing.exit_code == 2
+    assert "none: no such folder" in missing.stderr
+    (tmp_path / "none").mkdir()
     nothing = served(tmp_path / "none")
     assert nothing.exit_code == 1
     assert "neither a drafter folder nor a run with an exported drafter" in nothing.stderr

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from tokenizers import AddedToken
@@ -20,7 +21,7 @@ from drafttrain.core.tensors import read_tensors
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.cached_lm import CachedLM
-from drafttrain.target_model.folders import fingerprint_of, resolve_folder
+from drafttrain.target_model.folders import config_folder, fingerprint_of, resolve_folder
 from drafttrain.target_model.loading import load_causal_lm
 from drafttrain.target_model.logits import head_logits
 from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokenizer
@@ -94,6 +95,35 @@ def test_a_tokenizer_that_differs_in_one_token_is_refused_naming_it(tiny_target:
 def test_a_missing_model_is_named(name: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         resolve_folder(name)
+
+
+def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="fetching it from the hub failed"):
+        resolve_folder("runs/nothing")
+    (tmp_path / "runs").mkdir()
+    for find in (resolve_folder, config_folder):
+        with pytest.raises(CheckpointError, match="runs/nothing: no such folder in runs, which is here"):
+            find("runs/nothing")
+
+
+def test_a_hub_model_in_the_cache_is_found_beside_a_folder_of_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0" * 40
+    held = tmp_path / "cache" / "models--owner--name"
+    (held / "snapshots" / commit).mkdir(parents=True)
+    (held / "refs").mkdir()
+    (held / "refs" / "main").write_text(commit)
+    (held / "snapshots" / commit / "config.json").write_text("{}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    assert resolve_folder("owner/name") == held / "snapshots" / commit
+    with pytest.raises(CheckpointError, match="no such folder in owner"):
+        resolve_folder("owner/other")
 
 
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import typer
 
 from drafttrain import __version__
 from drafttrain.core.console import complain, say, stderr
-from drafttrain.core.errors import DrafttrainError, Interrupted
-from drafttrain.distributed.world import is_first
+from drafttrain.core.errors import DrafttrainError, Interrupted, RecipeError
+from drafttrain.distributed.world import is_first, world
 
 if TYPE_CHECKING:
     from drafttrain.config.recipe import Recipe
@@ -94,7 +94,8 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
     except DrafttrainError as error:
         if debug:
             stderr.print_exception()
-        complain(str(error))
+        if not isinstance(error, RecipeError) or _is_first_here():
+            complain(str(error))
         raise typer.Exit(error.exit_code) from error
     except OSError as error:
         if debug:
@@ -110,10 +111,29 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def _is_first_here() -> bool:
+    """Return whether this is the first process of its machine: a recipe is wrong for all of them, a missing file for one machine."""
+    try:
+        return world().local_rank == 0
+    except RecipeError:  # the launcher's environment is itself what is wrong
+        return True
+
+
 def only_first_process() -> None:
     """Exit with 0 in every process but the first of those that a launcher started."""
     if not is_first():
         raise typer.Exit(0)
+
+
+def existing_folder(given: Path) -> Path:
+    """Return a folder that an argument names.
+
+    Raises:
+        RecipeError: It does not exist.
+    """
+    if not given.is_dir():
+        raise RecipeError("arguments", [f"{given}: no such folder"])
+    return given
 
 
 def names_and_overrides(words: list[str] | None) -> tuple[list[str], list[str]]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from drafttrain.cli.app import Debug, Target, exit_codes
+from drafttrain.cli.app import Debug, Target, existing_folder, exit_codes
 
 
 def add_to(app: typer.Typer) -> None:
@@ -39,7 +39,7 @@ def import_drafter(
     with exit_codes(debug=debug):
         from drafttrain.commands.import_drafter import import_drafter
 
-        import_drafter(folder, target=target, out=out)
+        import_drafter(existing_folder(folder), target=target, out=out)
 
 
 def serve_config(
@@ -55,4 +55,4 @@ def serve_config(
     with exit_codes(debug=debug):
         from drafttrain.commands.serve_config import serve_command
 
-        typer.echo(serve_command(drafter, engine, target=target))
+        typer.echo(serve_command(existing_folder(drafter), engine, target=target))

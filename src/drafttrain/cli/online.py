@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from drafttrain.cli.app import RUNS, Debug, Overrides, RecipeOrFolder, Runs, Smoke, exit_codes, recipe_and_run_folder
+from drafttrain.cli.app import (
+    RUNS,
+    Debug,
+    Overrides,
+    RecipeOrFolder,
+    Runs,
+    Smoke,
+    existing_folder,
+    exit_codes,
+    recipe_and_run_folder,
+)
 
 app = typer.Typer(help="Learn from serving logs and publish better drafters.", no_args_is_help=True)
 
@@ -27,7 +37,7 @@ def run(
 def status(run: Run, debug: Debug = False) -> None:
     """Print the versions, requests and block efficiency of an online run."""
     with exit_codes(debug=debug):
-        _commands().show_status(run)
+        _commands().show_status(existing_folder(run))
 
 
 @app.command()
@@ -40,7 +50,7 @@ def rollback(
 ) -> None:
     """Serve the version before the current one again."""
     with exit_codes(debug=debug):
-        _commands().rollback(run, route=route)
+        _commands().rollback(existing_folder(run), route=route)
 
 
 def _commands() -> ModuleType:

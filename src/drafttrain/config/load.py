@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, make_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from drafttrain.config.bundled import find_recipe
@@ -128,8 +128,11 @@ def _settings_types(made: object) -> Iterator[type]:
 
 @cache
 def _fault_of_fields(settings: type) -> str | None:
+    # A default may be None where the type has no None: then null is allowed, as `Field.nullable` says.
+    hints = get_type_hints(settings)
+    without_defaults = [(one.name, hints[one.name], MISSING) for one in fields(settings)]
     try:
-        OmegaConf.structured(settings)
+        OmegaConf.structured(make_dataclass(settings.__name__, without_defaults))
     except OmegaConfBaseException as error:
         return str(error).replace("\n", " ")
     return None

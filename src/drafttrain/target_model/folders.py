@@ -84,8 +84,13 @@ def config_folder(name: str, *, revision: str | None = None) -> Path:
 def _fetched(name: str, patterns: Sequence[str], *, revision: str | None, instead: str = "") -> Path:
     """Return the folder of a hub id with the files of these patterns.
 
+    A name that begins with a folder that is here is taken for a path, unless it is in the hub's cache.
+
     Args:
         instead: What to give where the hub cannot be reached, for the error.
+
+    Raises:
+        CheckpointError: It cannot be fetched, or the name is a path.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -95,6 +100,12 @@ def _fetched(name: str, patterns: Sequence[str], *, revision: str | None, instea
         RepositoryNotFoundError,
     )
 
+    owner = Path(name).parts[0]
+    if Path(owner).is_dir() and _in_cache(name, patterns, revision=revision) is None:
+        raise CheckpointError(
+            f"{name}: no such folder in {owner}, which is here, so this is no hub id (to fetch {name} from the hub, run the command "
+            f"where there is no {owner})"
+        )
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
@@ -119,16 +130,19 @@ def cached_folder(name: str, *, revision: str | None = None) -> Path | None:
         return None
     if not _may_be_on_hub(name):
         return resolve_folder(name)
+    folder = _in_cache(name, HUB_PATTERNS, revision=revision)
+    return folder if folder is not None and any(folder.glob("*.safetensors")) else None
+
+
+def _in_cache(name: str, patterns: Sequence[str], *, revision: str | None) -> Path | None:
+    """Return the folder of a hub id in the hub's cache; None: it is not there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS), local_files_only=True)
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-    return folder if any(folder.glob("*.safetensors")) else None
 
 
 def fingerprint_of(folder: Path) -> str:
