@@ -60,10 +60,16 @@ class LayerParallelLM(DecodingLM):
         self._exact = None
 
     def _states(
-        self, tokens: Sequence[Sequence[int]], parents: Sequence[Tree] | None, *, width: int, wanted: bool
+        self,
+        tokens: Sequence[Sequence[int]],
+        parents: Sequence[Tree] | None,
+        embedded: Sequence[Tensor] | None,
+        *,
+        width: int,
+        wanted: bool,
     ) -> Tensor:
         self._exact = None if self.lengths == self.kept else self._exact or list(self.lengths)
-        return super()._states(tokens, parents, width=width, wanted=wanted)
+        return super()._states(tokens, parents, embedded, width=width, wanted=wanted)
 
     def _groups(self) -> list[list[DecodingLayer]]:
         return super()._groups() if self._exact is None else self._drafting
