@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import Lfm2Config
 from typer.testing import CliRunner
 
 from drafttrain.cli import app
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DataError, RecipeError
+from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.pipeline.data import encoded_data
 from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.pipeline.preflight import check_drafters, check_parts
@@ -167,6 +170,31 @@ def test_a_start_with_too_few_rows_another_tokenizer_or_of_another_kind(place: P
     # Evaluated with its own tokenizer, it needs a row for each of that one's tokens.
     with pytest.raises(RecipeError, match="start has 200 embedding rows, but its tokenizer has 258 tokens"):
         check_drafters(TargetSettings(model="target"), ["start"])
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle3"])
+def test_a_start_whose_vocabulary_has_padding_of_the_target_is_refused(
+    place: Path, save_llama: SaveLlama, kind: str
+) -> None:
+    """The target has 264 rows, its tokenizer 257 tokens."""
+    shutil.rmtree(place / "target")
+    shutil.copytree(save_llama(num_layers=3, vocab_size=264), place / "target")
+    made = load_recipe("r.yaml", [f"drafter={{kind: {kind}, draft_vocab_size: 20}}"])
+    DrafterRun(made, place / "run", quiet=True).write_start()
+    start = f"drafter={{kind: {kind}, checkpoint: run/start}}"
+    check_parts(load_recipe("r.yaml", [start]))
+    path = place / "run" / "start" / "model.safetensors"
+    tensors, (name,) = load_file(path), [name for name in ("token_map", "d2t") if name in load_file(path)]
+    ids_R = tensors[name] + (torch.arange(20) if name == "d2t" else 0)
+    ids_R[-2:] = torch.tensor([256, 260])
+    tensors[name] = ids_R - (torch.arange(20) if name == "d2t" else 0)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(IndexError):
+        DraftVocabulary(ids_R, num_tokens=257).places(size=257)
+    (problem,) = problems(start)
+    assert problem.startswith("drafter.checkpoint: run/start")
+    assert f"{name} names 1 of 20 tokens that the target's tokenizer does not have, ids 260:" in problem
+    assert "must be in 0..256" in problem
 
 
 def test_all_problems_are_reported_at_once(place: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -164,3 +164,16 @@ class TensorFiles:
             tensor: Tensor = file.get_tensor(name)
         check_finite({name: tensor}, where=str(path))
         return tensor
+
+
+def tensors_named(folder: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """Return the tensors of a model folder that have these names; others are not read.
+
+    Raises:
+        CheckpointError: A file of weights is damaged.
+    """
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with _readable(path), safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys() if name in names}  # noqa: SIM118
+    return found

@@ -5,6 +5,7 @@ R = the drafter's vocabulary, V = the target's
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,12 @@ from torch import Tensor
 
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.tensors import tensors_named
 from drafttrain.target_model import Target
 
+MAPS = ("d2t", "token_map")
+"""Tensors of a drafter folder that name its vocabulary: offsets (target id - draft id), or the target's ids."""
+SHOWN = 5
 SIZE_HELP = "Size of the drafter's vocabulary: the most frequent labels of the data; null: all tokens."
 
 
@@ -63,6 +68,27 @@ def token_map_problems(ids_R: Tensor, *, vocab_size: int) -> list[str]:
     if ids_R.dtype != torch.int64:
         return [f"token_map: is {ids_R.dtype}, must be int64, the target's ids"]
     return [f"token_map: {problem}" for problem in _id_problems(ids_R, vocab_size=vocab_size)]
+
+
+def padding_problems(folder: Path, *, num_tokens: int) -> list[str]:
+    """Return why a drafter folder's vocabulary cannot be trained: it has ids that are padding of the target's head.
+
+    They can be drafted, and are never accepted; but labels and the target's distribution end at the tokenizer's last id.
+
+    Args:
+        num_tokens: Ids that the tokenizer can produce.
+    """
+    found = []
+    for name, stored_R in tensors_named(folder, MAPS).items():
+        ids_R = stored_R + torch.arange(len(stored_R)) if name == "d2t" else stored_R
+        padding = ids_R[ids_R >= num_tokens].tolist()
+        if padding:
+            shown = ", ".join(map(str, padding[:SHOWN])) + (", ..." if len(padding) > SHOWN else "")
+            found.append(
+                f"{folder}: {name} names {len(padding)} of {len(ids_R)} tokens that the target's tokenizer does not have, ids {shown}: "
+                f"to be trained, ids must be in 0..{num_tokens - 1}"
+            )
+    return found
 
 
 def _id_problems(ids_R: Tensor, *, vocab_size: int) -> list[str]:

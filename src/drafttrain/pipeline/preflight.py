@@ -19,6 +19,7 @@ from drafttrain.core.foreign import check_folder, read_json
 from drafttrain.data_gen.sources import Versioned, sources
 from drafttrain.data_gen.sources.generated import Generated
 from drafttrain.drafters.causal_lm.layer_parallel import class_problem, layer_problem
+from drafttrain.drafters.draft_vocabulary import padding_problems
 from drafttrain.eval.prompts import BUILTIN, Prompts, files_of, prompt_file, read_prompts
 from drafttrain.export import exporters
 from drafttrain.export.layout import text_config
@@ -285,6 +286,7 @@ def _of_start(drafter: ModelParts, target: ModelParts, recipe: Recipe) -> Iterat
         if (kind := read_json(path).get("kind")) != recipe.drafter.kind:
             yield f"{drafter.name} is of kind {kind}, drafter.kind is {recipe.drafter.kind}"
             return
+        yield from padding_problems(drafter.folder, num_tokens=target.num_ids)
     yield from _same_tokenizer(drafter, target)
 
 
