@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -67,6 +68,20 @@ def test_each_prompt_is_answered_in_a_chat_of_its_own_and_accepted_draft_tokens_
     assert "greedy, float64" in stderr
     assert len(re.findall(r"12 tokens in .* accepted draft tokens", stderr)) == 2
     assert call(folders, "why?", "--no-marks")[0] == without_marks(f"> why?\n{first}")
+
+
+def test_a_target_without_a_chat_template_is_refused_before_its_weights_are_read(folders, tmp_path):
+    drafter, target = folders
+    for name in (drafter, target):
+        shutil.copytree(name, tmp_path / Path(name).name)
+        (tmp_path / Path(name).name / "chat_template.jinja").unlink()
+    base = (str(tmp_path / Path(drafter).name), str(tmp_path / Path(target).name))
+    (Path(base[1]) / "model.safetensors").write_text("no weights")
+    _, stderr = call(base, "why?", code=1)
+    assert stderr.strip() == f"{base[1]}: its tokenizer has no chat template, so it cannot chat. Use a chat model"
+    # The control: with its template the weights are read.
+    shutil.copy(Path(target) / "chat_template.jinja", base[1])
+    assert "no chat template" not in call(base, "why?", code=1)[1]
 
 
 def test_stdin_has_a_question_a_line_and_turns_are_kept(folders):

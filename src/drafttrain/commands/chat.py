@@ -21,7 +21,7 @@ from drafttrain.core.roles import CostAware
 from drafttrain.core.texts import Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.arms import Arm
-from drafttrain.eval.conversation import Conversation, chat_prompt
+from drafttrain.eval.conversation import Conversation, chat_prompt, check_can_chat
 from drafttrain.eval.evaluate import choose_drafts
 from drafttrain.eval.fastest_length import fastest_length, known_lengths
 from drafttrain.eval.interval import number
@@ -33,6 +33,7 @@ from drafttrain.pipeline.folder import exported_in
 from drafttrain.pipeline.preflight import check_drafters
 from drafttrain.pipeline.run import quiet_libraries
 from drafttrain.target_model import Target
+from drafttrain.target_model.tokenizer import load_target_tokenizer
 
 QUESTIONS = "builtin:chat"
 COMMANDS = "/new starts another chat, /quit leaves, Ctrl-C stops an answer"
@@ -90,6 +91,7 @@ def open_drafter(name: str, target: str | None, given: Sequence[str]) -> Opened:
         raise CheckpointError(f"{name}: no target is named in it. Give --target MODEL")
     of_target = replace(of_target, model=target)
     check_drafters(of_target, [str(folder)])
+    check_can_chat(load_target_tokenizer(of_target), name=target)
     loaded = Target.load(of_target)
     drafter = read_drafter(folder, loaded)
     choose_drafts([drafter], settings)

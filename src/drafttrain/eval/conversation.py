@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.generations import Generation, Round
@@ -61,6 +62,16 @@ class Conversation:
         return prompt
 
 
+def check_can_chat(tokenizer: Any, *, name: str) -> None:
+    """Refuse a target without a chat template.
+
+    Raises:
+        DataError: Naming the target.
+    """
+    if not Encoder(tokenizer, max_length=1 << 20).template.exists:
+        raise DataError(f"{name}: its tokenizer has no chat template, so it cannot chat. Use a chat model")
+
+
 def chat_prompt(turns: Sequence[Turn], target: Target, *, system: str | None = None) -> Prompt:
     """Return a chat as the target reads it before it answers; its random streams are named by the number of the turn.
 
@@ -68,11 +79,11 @@ def chat_prompt(turns: Sequence[Turn], target: Target, *, system: str | None = N
         DataError: The target has no chat template, or the template refuses the chat.
     """
     first = [] if system is None else [{"role": "system", "content": system}]
-    encoder = Encoder(target.tokenizer, max_length=1 << 20)
-    if not encoder.template.exists:
-        raise DataError(f"{target.name}: its tokenizer has no chat template, so it cannot chat. Use a chat model")
+    check_can_chat(target.tokenizer, name=target.name)
     try:
-        tokens = encoder.chat_ids([*first, *turns], {}, add_generation_prompt=True)
+        tokens = Encoder(target.tokenizer, max_length=1 << 20).chat_ids(
+            [*first, *turns], {}, add_generation_prompt=True
+        )
     except BadItem as error:
         raise DataError(f"{target.name}: {error}") from error
     return Prompt(f"turn {len(turns)}", tokens)
