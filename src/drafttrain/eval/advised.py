@@ -75,7 +75,7 @@ def draw(axes: Sequence[Any], advice: Advice) -> None:
     """Draw the speed-up of every length against the batch, in the order of `grid`."""
     devices = dict.fromkeys(one.device for one in advice.surface)
     contexts = dict.fromkeys(one.context for one in advice.surface)
-    batches = sorted({one.batch for one in [*advice.surface, *advice.speeds]})
+    batches = sorted({one.batch for one in advice.surface} | {one.batch for one in advice.speeds})
     colors = {name: f"C{number % 10}" for number, name in enumerate(dict.fromkeys(map(_words, _lengths(advice))))}
     shown: dict[str, Any] = {}
     for ax, (device, context) in zip(axes, product(devices, contexts), strict=True):
@@ -103,7 +103,7 @@ def draw(axes: Sequence[Any], advice: Advice) -> None:
 
 
 def _lengths(advice: Advice) -> list[Mapping[str, Any]]:
-    return [one.length for one in [*advice.surface, *advice.speeds]]
+    return [*(one.length for one in advice.surface), *(one.length for one in advice.speeds)]
 
 
 def _words(length: Mapping[str, Any]) -> str:
