@@ -50,11 +50,11 @@ def test_tokens_of_the_template_are_not_contamination(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     encoder = Encoder(tokenizer, 256)
-    prompts = {id: encoder.prompts({"question": text}, id=id, prompt_tokens=None)[0][1] for id, text in asked.items()}
+    prompts = {id: [encoder.prompts({"question": text}, id=id, prompt_tokens=None)[0][1]] for id, text in asked.items()}
     assert data.contaminated(prompts) == ["same"]
     framed = write_lines(tmp_path / "b.jsonl", [{"text": "sea.|<assistant says>I know"}])
     assert prepared(tmp_path, [framed], template=TEMPLATE).contaminated(prompts) == []
-    plain = {"text": encoder.text("You are a helpful assistant.")}
+    plain = {"text": [encoder.text("You are a helpful assistant.")]}
     assert data.contaminated(plain) == ["text"]
 
 

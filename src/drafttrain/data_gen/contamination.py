@@ -11,8 +11,9 @@ import numpy as np
 
 from drafttrain.core.files import write_json
 
-FORMAT = 2
-"""Of the file of contaminated prompts. 1 named prompts without an `id` by their line, also those that have a `question_id`."""
+FORMAT = 3
+"""Of the file of contaminated prompts. 1 named prompts without an `id` by their line, also those that have a `question_id`; 2 compared
+first questions only."""
 
 _PRIME = np.uint64(0x100000001B3)
 

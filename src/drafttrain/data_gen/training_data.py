@@ -169,8 +169,12 @@ class TrainingData:
             counts_V[:size] += source.weight / len(store) * np.bincount(store.labels, minlength=size)
         return counts_V
 
-    def contaminated(self, prompts: Mapping[Key, Sequence[int]]) -> list[Key]:
-        """Return the keys of prompts that share an n-gram with any record, not counting what a chat template adds."""
+    def contaminated(self, prompts: Mapping[Key, Sequence[Sequence[int]]]) -> list[Key]:
+        """Return the keys of prompts that share an n-gram with any record, not counting what a chat template adds.
+
+        Args:
+            prompts: By key, the tokens of each question.
+        """
         before, after = self.encoder.frame()
 
         def without_frame(tokens: Sequence[int]) -> Sequence[int]:
@@ -180,8 +184,11 @@ class TrainingData:
         texts = (
             store.tokens[store.starts[i] : store.starts[i + 1]] for store in self.stores for i in range(len(store))
         )
-        prompts = {id: without_frame(tokens) for id, tokens in prompts.items()}
-        return contaminated(prompts, texts, ngram=self.settings.overlap_ngram)
+        questions = {
+            (key, turn): without_frame(tokens) for key, asked in prompts.items() for turn, tokens in enumerate(asked)
+        }
+        found = {key for key, _ in contaminated(questions, texts, ngram=self.settings.overlap_ngram)}
+        return [key for key in prompts if key in found]
 
 
 def generate_texts(
@@ -289,8 +296,8 @@ def attach_cache(
             data.caches[number] = cache
 
 
-def note_contamination(data: TrainingData, prompts: Mapping[Key, Sequence[int]], path: Path) -> list[Key]:
-    """Write the keys of contaminated prompts to a file and return them."""
+def note_contamination(data: TrainingData, prompts: Mapping[Key, Sequence[Sequence[int]]], path: Path) -> list[Key]:
+    """Write the keys of contaminated prompts, given by the tokens of each question, to a file and return them."""
     found = data.contaminated(prompts)
     if found:
         say(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.core.foreign import read_json
-from drafttrain.eval.advice import Advice, MeasuredSpeedup, Predicted
+from drafttrain.eval.advice import Advice, Predicted
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.page import label
 from drafttrain.eval.result import Result
@@ -75,7 +75,7 @@ def draw(axes: Sequence[Any], advice: Advice) -> None:
     """Draw the speed-up of every length against the batch, in the order of `grid`."""
     devices = dict.fromkeys(one.device for one in advice.surface)
     contexts = dict.fromkeys(one.context for one in advice.surface)
-    batches = sorted({one.batch for one in _known(advice)})
+    batches = sorted({one.batch for one in advice.surface} | {one.batch for one in advice.speeds})
     colors = {name: f"C{number % 10}" for number, name in enumerate(dict.fromkeys(map(_words, _lengths(advice))))}
     shown: dict[str, Any] = {}
     for ax, (device, context) in zip(axes, product(devices, contexts), strict=True):
@@ -102,12 +102,8 @@ def draw(axes: Sequence[Any], advice: Advice) -> None:
     axes[0].figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
 
 
-def _known(advice: Advice) -> list[Predicted | MeasuredSpeedup]:
-    return [*advice.surface, *advice.speeds]
-
-
 def _lengths(advice: Advice) -> list[Mapping[str, Any]]:
-    return [one.length for one in _known(advice)]
+    return [*(one.length for one in advice.surface), *(one.length for one in advice.speeds)]
 
 
 def _words(length: Mapping[str, Any]) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.generations import Generation
 from drafttrain.core.texts import Prompt
 from drafttrain.data_gen.bad_item import BadItem
+from drafttrain.data_gen.chat import Chat
 from drafttrain.data_gen.chat_template import ChatTemplate
 from drafttrain.target_model import Target
 
@@ -39,6 +41,20 @@ def most_prompt_tokens(prompt: Prompt, target: Target, *, max_new_tokens: int) -
     return len(last.tokens) + len(prompt.questions) * max_new_tokens
 
 
+def questions_of(prompt: Prompt, tokenizer: Any) -> list[Sequence[int]]:
+    """Return the tokens of each question of a conversation, the later ones as if they were asked first.
+
+    Raises:
+        DataError: The chat template refuses a question.
+    """
+    template = ChatTemplate(tokenizer)
+    found = [prompt.tokens]
+    for turn, question in enumerate(prompt.questions, prompt.turn + 1):
+        asked = replace(prompt.chat, turns=[{"role": "user", "content": question}], trained=[False])
+        found.append(_tokens(template, asked, prompt, turn))
+    return found
+
+
 def _next(prompt: Prompt, answer: Generation, target: Target) -> Prompt:
     text = target.tokenizer.decode(list(answer.tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return _asked(prompt, text, ChatTemplate(target.tokenizer))
@@ -54,17 +70,20 @@ def _asked(prompt: Prompt, answer: str, template: ChatTemplate) -> Prompt:
     ]
     chat = replace(prompt.chat, turns=turns, trained=[False] * len(turns))
     turn = prompt.turn + 1
-    try:
-        tokens = template.prompt(chat)
-    except BadItem as error:
-        raise DataError(f"prompt {prompt.unit}, turn {turn}: {error}") from error
     return replace(
         prompt,
         id=f"{prompt.unit} turn {turn}",
-        tokens=tokens,
+        tokens=_tokens(template, chat, prompt, turn),
         answer="",
         turn=turn,
         conversation=prompt.unit,
         questions=later,
         chat=chat if later else None,
     )
+
+
+def _tokens(template: ChatTemplate, chat: Chat, prompt: Prompt, turn: int) -> list[int]:
+    try:
+        return template.prompt(chat)
+    except BadItem as error:
+        raise DataError(f"prompt {prompt.unit}, turn {turn}: {error}") from error

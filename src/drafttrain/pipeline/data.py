@@ -19,6 +19,7 @@ from drafttrain.data_gen.training_data import TrainingData, generate_texts, note
 from drafttrain.distributed.collectives import first_before_others
 from drafttrain.distributed.world import world
 from drafttrain.environments.environment import is_installed
+from drafttrain.eval.later_turns import questions_of
 from drafttrain.eval.prompts import Prompts, name_of, read_prompts
 from drafttrain.pipeline.model_parts import target_parts
 from drafttrain.pipeline.run import Run
@@ -114,7 +115,7 @@ def _check_rows(data: TrainingData, *, num_rows: int, tokenizer: Any) -> None:
 def _note_contamination(run: Run, data: TrainingData) -> None:
     wanted = run.recipe.eval
     prompts = {
-        (name_of(files), prompt.id): prompt.tokens
+        (name_of(files), prompt.id): questions_of(prompt, run.tokenizer)
         for files in (wanted.prompts, wanted.validation_prompts)
         for prompt in read_prompts(files, run.tokenizer, prompt_tokens=wanted.prompt_tokens)
     }
