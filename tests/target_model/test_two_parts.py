@@ -140,7 +140,7 @@ def test_a_model_that_cannot_be_run_in_two_parts_is_refused(monkeypatch):
     ):
         CachedLM(bloom, name="target").split_at(1)
     # Control of the check itself: states lost between the parts are noticed.
-    monkeypatch.setattr(cached_lm, "_stacked", lambda rows, width: rows and torch.stack(list(rows)) * 0.9)
+    monkeypatch.setattr(cached_lm, "_stacked", lambda rows: rows and torch.stack(list(rows)) * 0.9)
     with pytest.raises(CheckpointError, match="gives other logits when it is run in two parts"):
         CachedLM(random_model("llama"), name="target").split_at(1)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from drafttrain.config.searched import is_searched, needs_no_loss, problems_of_search
 from drafttrain.core.registry import Registry
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.annotate import annotators
@@ -47,7 +48,7 @@ class Recipe:
         None, help="The head to train on a frozen drafter and target, by kind; or give a drafter.", registry=heads
     )
     loss: Any = setting(
-        None, help="The loss of a drafter, by kind; a head has its own.", registry=losses, unless="head"
+        None, help="The loss of a drafter, by kind; a head has its own.", registry=losses, unless=needs_no_loss
     )
     data: DataSettings = setting(help="Where text comes from, and what the target generates.")
     train: TrainSettings = field(default_factory=TrainSettings, metadata={"help": "How the drafter is trained."})
@@ -98,6 +99,8 @@ class Recipe:
                 "eval.across_tokenizers: strings: the drafter has the target's tokenizer: set tokens, or drafter.tokenizer"
             )
         problems += self._confidence()
+        if is_searched(getattr(self.drafter, "kind", None)):
+            problems += problems_of_search(self)
         if self.eval.schedule == PIPELINED and self.drafter is not None:
             own = self.drafter.kind == "causal_lm" and self.drafter.tokenizer is None
             if not own:
