@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-from drafttrain.config.searched import is_searched, needs_no_loss, problems_of_search
+from drafttrain.config.searched import is_searched, needs_no_loss, problems_of_search, problems_of_swift
 from drafttrain.core.registry import Registry
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.annotate import annotators
@@ -25,7 +25,7 @@ from drafttrain.target_model.settings import TargetSettings
 from drafttrain.training.settings import TrainSettings
 
 TRAINED = (("drafter", "loss"), ("head",))
-"""The sections that define what is trained: a recipe has one of these groups."""
+"""The sections that define what is trained: a recipe has one of these groups, or a drafter that is searched."""
 
 MAX_NAME_BYTES = 200
 """File systems allow 255; some folders beside the run's have a longer name than it."""
@@ -110,7 +110,7 @@ class Recipe:
                 )
         problems += self._trees()
         problems += self._numbered_devices()
-        problems += self._beside()
+        problems += [*self._beside(), *problems_of_swift(self)]
         if "gain_over_start" in self.export.require and not self.eval.start:
             problems.append("export.require.gain_over_start: the start is not evaluated with eval.start: false")
         problems += self._adapters()

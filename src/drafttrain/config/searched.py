@@ -14,6 +14,11 @@ def is_searched(kind: Any) -> bool:
     return bool(getattr(component, "searched", False))
 
 
+def searched_kinds() -> list[str]:
+    """Return the kinds of drafters that have no weights to train."""
+    return [name for name in drafters.names() if is_searched(name)]
+
+
 def needs_no_loss(given: Mapping[str, Any]) -> bool:
     """Return whether a recipe that gives these keys has no loss: it trains a head, or searches its drafter."""
     drafter = given["drafter"].value if "drafter" in given else None
@@ -36,3 +41,14 @@ def problems_of_search(recipe: Any) -> Iterator[str]:
         yield f"train.deepspeed: drafter.kind {kind} has no weights to train: leave it out"
     if train.device != "auto":
         yield f"train.device: drafter.kind {kind} runs the target's blocks: leave it at auto, got {train.device}"
+
+
+def problems_of_swift(recipe: Any) -> Iterator[str]:
+    """Yield proposers that start with a set of skipped sublayers that the drafter does not have."""
+    for one in recipe.eval.beside:
+        if (
+            getattr(one, "kind", "") == "swift"
+            and one.reads_drafter
+            and getattr(recipe.drafter, "kind", "") != "layer_skip"
+        ):
+            yield "eval.beside: swift with start: drafter needs drafter.kind layer_skip: use start: even"

@@ -77,7 +77,9 @@ the lists `skipped_attention` and `skipped_mlp` of config.json.
     def create(cls, settings: LayerSkipSettings, *, target: Target | None, tokenizer: Any) -> LayerSkipDrafter:
         """Return the drafter that leaves out sublayers at equal distances."""
         if target is None:
-            raise CheckpointError("drafter.kind is 'layer_skip' but target.model is null: its sublayers are the target's")
+            raise CheckpointError(
+                "drafter.kind is 'layer_skip' but target.model is null: its sublayers are the target's"
+            )
         num_blocks = Sublayers(target.model).num_blocks
         return cls(target, settings, as_skipped(spread(num_blocks, settings.ratio)))
 
@@ -108,7 +110,9 @@ the lists `skipped_attention` and `skipped_mlp` of config.json.
         self._sublayers.check()
         windows = windows_of(records, size=self.settings.window, seed=seed)
         if not windows:
-            raise DataError("layer_skip: no text has a label with a token before it, so sets of sublayers cannot be scored")
+            raise DataError(
+                "layer_skip: no text has a label with a token before it, so sets of sublayers cannot be scored"
+            )
         score = WindowScores(target, windows, self._sublayers)
         search = Search(2 * (self._sublayers.num_blocks - 2), as_chosen(self.skipped), self.settings, seed=seed)
         known = _read_log(log)
@@ -188,5 +192,6 @@ def _read_log(path: Path) -> dict[tuple[int, ...], float]:
     write_text(path, whole)
     lines: list[Mapping[str, Any]] = [json.loads(line) for line in whole.splitlines()]
     return {
-        as_chosen(Skipped(tuple(line["skipped_attention"]), tuple(line["skipped_mlp"]))): line["matchness"] for line in lines
+        as_chosen(Skipped(tuple(line["skipped_attention"]), tuple(line["skipped_mlp"]))): line["matchness"]
+        for line in lines
     }

@@ -19,9 +19,7 @@ class LayerSkipProposer(LMProposer):
     def __init__(self, target: Target, skipped: Skipped, *, draft: str = "sampled") -> None:
         self._beside = LMBeside(Sublayers(target.model), skipped)
         rows = target.vocab_size
-        super().__init__(
-            self._beside, rows=rows, target_vocab_size=rows, num_tokens=target.num_tokens, draft=draft
-        )
+        super().__init__(self._beside, rows=rows, target_vocab_size=rows, num_tokens=target.num_tokens, draft=draft)
 
     def share(self, target: CachedLM) -> None:
         """Store the verifying target."""

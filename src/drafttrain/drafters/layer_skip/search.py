@@ -38,9 +38,13 @@ class SearchSettings:
     )
     window: int = setting(32, help="Tokens of a text on which a set is scored.", ge=2)
     bayes_every: int = setting(
-        25, help="Of this many steps one is Bayesian, the others try a random set; 1: all, as in Self-Speculative decoding.", ge=1
+        25,
+        help="Of this many steps one is Bayesian, the others try a random set; 1: all, as in Self-Speculative decoding.",
+        ge=1,
     )
-    enough: float = setting(0.95, help="End the search at this score (1: each token is the draft's likeliest one).", gt=0, le=1)
+    enough: float = setting(
+        0.95, help="End the search at this score (1: each token is the draft's likeliest one).", gt=0, le=1
+    )
     patience: int = setting(300, help="End the search after this many steps without a better set.", ge=1)
 
 

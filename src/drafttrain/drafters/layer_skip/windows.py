@@ -41,7 +41,9 @@ def windows_of(records: Sequence[Record], *, size: int, seed: int) -> list[Windo
             begin = roots[int(torch.randint(len(roots), (), generator=stream(seed, "window", record.id)))]
             end = min(begin + size, len(record.tokens) - 1)
             counted = record.loss_mask[begin + 1 : end + 1]
-            labels = [token if one else None for token, one in zip(record.tokens[begin + 1 : end + 1], counted, strict=True)]
+            labels = [
+                token if one else None for token, one in zip(record.tokens[begin + 1 : end + 1], counted, strict=True)
+            ]
             found.append(Window(list(record.tokens[:begin]), list(record.tokens[begin:end]), labels))
     return found
 
