@@ -219,10 +219,7 @@ def _not_planned(recipe: Recipe) -> Iterator[str]:
     if recipe.drafter is None:
         yield "head: a plan counts the training of a drafter, and this recipe trains a head, which is small"
     if recipe.drafter is not None and is_searched(recipe.drafter.kind):
-        yield (
-            f"drafter.kind: a plan counts the training of a drafter, and {recipe.drafter.kind} has no weights to train: its search needs "
-            "the memory of the target, as decoding does"
-        )
+        yield f"drafter.kind: {recipe.drafter.kind} has no weights to train: its search has another plan"
     if recipe.target.model is None:
         yield "target.model: a plan needs the sizes of a target, and there is none"
     if getattr(recipe.drafter, "tokenizer", None) is not None:

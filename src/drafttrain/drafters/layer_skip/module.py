@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.console import progress, say
@@ -93,6 +94,15 @@ the lists `skipped_attention` and `skipped_mlp` of config.json.
         """That of the target."""
         device: torch.device = self._sublayers.model.get_input_embeddings().weight.device
         return device
+
+    @property
+    def num_blocks(self) -> int:
+        """Of the target."""
+        return self._sublayers.num_blocks
+
+    def skipped_modules(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Return the attention modules and MLPs that do not run in a draft."""
+        return self._sublayers.modules(self.skipped)
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the states of every depth."""
