@@ -16,7 +16,7 @@ from drafttrain.core.gpus import RESERVED_BYTES, Gpu
 from drafttrain.drafters import drafters
 from drafttrain.pipeline.plan import UTILIZATION, size_in_gb
 from drafttrain.target_model.anatomy import trunk
-from drafttrain.target_model.growing_layer import GrowingCache
+from drafttrain.target_model.growing_layer import GrowingCache, GrowingLayer
 from drafttrain.target_model.model_weights import ModelWeights
 from drafttrain.target_model.sized_target import SizedTarget
 
@@ -32,6 +32,8 @@ class SearchPlan:
     target_bytes: int
     cache_bytes: int
     """Keys and values of the texts before the windows, at most."""
+    activation_bytes: int
+    """Of the call that reads these texts, about: four states and three rows of an MLP for each token."""
     logits_bytes: int
     """Of the windows."""
     set_work: Work
@@ -41,8 +43,8 @@ class SearchPlan:
 
     @property
     def memory(self) -> int:
-        """Bytes on the device; activations of one call, a GPU's context and fragmentation come on top."""
-        return self.target_bytes + self.cache_bytes + self.logits_bytes
+        """Bytes at the peak: the texts are read before windows are scored. A GPU's context and fragmentation come on top."""
+        return self.target_bytes + self.cache_bytes + max(self.activation_bytes, self.logits_bytes)
 
     @property
     def set_seconds(self) -> float | None:
@@ -64,8 +66,9 @@ class SearchPlan:
         yield "parameters that are trained", "0"
         yield "weights of the target", f"{size_in_gb(self.target_bytes)} GB"
         yield f"keys and values of {train.batch_size} texts, at most", f"{size_in_gb(self.cache_bytes)} GB"
+        yield f"activations of the call that reads {train.batch_size} texts, about", f"{size_in_gb(self.activation_bytes)} GB"
         yield f"logits of {train.batch_size} windows of {settings.window} tokens", f"{size_in_gb(self.logits_bytes)} GB"
-        yield "all together, without the activations of a call", f"{size_in_gb(self.memory)} GB"
+        yield "all together at the peak of a step", f"{size_in_gb(self.memory)} GB"
         if self.gpu is not None:
             yield "CUDA's context and fragmentation, about", f"{size_in_gb(RESERVED_BYTES)} GB"
         yield "TFLOP to score a set", f"{self.set_work.flops / 1e12:.3g}"
@@ -91,12 +94,15 @@ def search_plan_of(recipe: Recipe, gpu: Gpu | None, *, utilization: float = UTIL
         drafter = component.sized(recipe.drafter, target=target, tokenizer=target.tokenizer)
         model, cache = target.model, GrowingCache()
         trunk(model)(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
-        token_bytes = sum(states[0].nbytes for layer in cache.layers for states in (layer.keys, layer.values))
+        layers = cast(list[GrowingLayer], cache.layers)
+        token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.is_initialized)
         context = max(0, recipe.data.max_length - window - 1)
         shape = ForwardShape.of(
             [window] * texts, [context] * texts, num_layers=drafter.num_blocks, head_rows=window * texts
         )
-        weights = ModelWeights(model)
+        weights, config = ModelWeights(model), model.config.get_text_config()
+        width = int(config.hidden_size)
+        wide = int(getattr(config, "intermediate_size", None) or 4 * width)
         work = weights.work(shape, cache_bytes=token_bytes, without=weights.of_sublayers(*drafter.skipped_modules()))
         return SearchPlan(
             recipe,
@@ -104,6 +110,7 @@ def search_plan_of(recipe: Recipe, gpu: Gpu | None, *, utilization: float = UTIL
             utilization,
             target_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
             cache_bytes=token_bytes * texts * recipe.data.max_length,
+            activation_bytes=texts * recipe.data.max_length * (4 * width + 3 * wide) * model.dtype.itemsize,
             logits_bytes=texts * window * target.vocab_size * model.dtype.itemsize,
             set_work=work,
         )

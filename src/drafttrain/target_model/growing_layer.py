@@ -6,7 +6,7 @@ B = sequences, G = key-value heads, C = columns, d = width of a head
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import DynamicCache
@@ -118,10 +118,10 @@ class GrowingCache(DynamicCache):  # type: ignore[misc]
         Args:
             without: Layers that no call reads: these have no keys and values there.
         """
-        cache = GrowingCache()
+        cache, layers = GrowingCache(), cast(list[GrowingLayer], self.layers)
         cache.layers = [
             LayerBeside(layer) if layer.is_initialized and number not in without else GrowingLayer()
-            for number, layer in enumerate(self.layers)
+            for number, layer in enumerate(layers)
         ]
         return cache
 
