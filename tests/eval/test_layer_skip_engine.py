@@ -150,7 +150,7 @@ def test_it_is_deterministic_and_forgets(half_idle):
     prompts = [Prompt(str(i), [1 + i, 2, 3]) for i in range(2)]
 
     def rounds(proposer: Swift, prompt: Prompt) -> list[int]:
-        (found,) = decode(half_idle, proposer, prompts=[prompt], new=24, stop_tokens=())
+        (found,) = decode(half_idle, proposer, prompts=[prompt], new=18, stop_tokens=())
         return [one.num_accepted for one in found.rounds]
 
     alone = [rounds(swift(half_idle), prompt) for prompt in prompts]

@@ -66,7 +66,10 @@ class SearchPlan:
         yield "parameters that are trained", "0"
         yield "weights of the target", f"{size_in_gb(self.target_bytes)} GB"
         yield f"keys and values of {train.batch_size} texts, at most", f"{size_in_gb(self.cache_bytes)} GB"
-        yield f"activations of the call that reads {train.batch_size} texts, about", f"{size_in_gb(self.activation_bytes)} GB"
+        yield (
+            f"activations of the call that reads {train.batch_size} texts, about",
+            f"{size_in_gb(self.activation_bytes)} GB",
+        )
         yield f"logits of {train.batch_size} windows of {settings.window} tokens", f"{size_in_gb(self.logits_bytes)} GB"
         yield "all together at the peak of a step", f"{size_in_gb(self.memory)} GB"
         if self.gpu is not None:
