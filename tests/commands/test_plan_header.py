@@ -12,8 +12,10 @@ from drafttrain.commands.plan_header import COMMENT, FIGURES, WIDTH, figures, wi
 from drafttrain.config.bundled import bundled_folder, bundled_recipes, find_recipe
 from drafttrain.config.load import load_recipe
 from drafttrain.config.recipe import Recipe
+from drafttrain.config.searched import is_searched
 from drafttrain.core.gpus import RESERVED_BYTES, Gpu
 from drafttrain.pipeline.plan import UTILIZATION, Plan, plan_of, sized_parts
+from drafttrain.pipeline.search_plan import SearchPlan, search_plan_of
 from drafttrain.training.step_cost import StepCost
 from tests.cli.test_cli import call
 
@@ -36,8 +38,10 @@ def written(name: str) -> str:
     return found.group()
 
 
-def of_sizes(recipe: Recipe, gpu: Gpu | None) -> Plan:
+def of_sizes(recipe: Recipe, gpu: Gpu | None) -> Plan | SearchPlan:
     """Return a plan of what the sizes of a recipe decide, without a step."""
+    if is_searched(recipe.drafter.kind):
+        return search_plan_of(recipe, gpu)
     with FakeTensorMode(allow_non_fake_inputs=True):
         made = sized_parts(recipe, device_type="cpu" if gpu is None else "cuda")
         gradients = sum(p.nbytes for p in made.drafter.parameters() if p.requires_grad)
@@ -76,7 +80,9 @@ def test_control_a_changed_recipe_has_another_header(changed: str) -> None:
     "name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in REAL]
 )
 def test_every_figure_in_a_header_is_the_one_that_is_counted(name: str) -> None:
-    assert written(name) == figures(plan_of(load_recipe(name), gpu_of(name)))
+    recipe = load_recipe(name)
+    planned = search_plan_of if is_searched(recipe.drafter.kind) else plan_of
+    assert written(name) == figures(planned(recipe, gpu_of(name)))
 
 
 def test_control_what_is_counted_depends_on_more_than_the_sizes() -> None:

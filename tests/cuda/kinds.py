@@ -9,6 +9,7 @@ from typing import Any
 
 from drafttrain.config.load import read_recipe
 from drafttrain.config.recipe import Recipe
+from drafttrain.config.searched import is_searched, searched_kinds
 from drafttrain.drafters import drafters
 
 
@@ -17,7 +18,7 @@ class Kind:
     """One way to train: a drafter, its loss, and what it reads of its data."""
 
     drafter: dict[str, Any]
-    loss: dict[str, Any] = field(default_factory=lambda: {"kind": "forward_kl"})
+    loss: dict[str, Any] | None = field(default_factory=lambda: {"kind": "forward_kl"})
     data: dict[str, Any] = field(default_factory=dict)
 
 
@@ -108,8 +109,11 @@ KINDS: dict[str, Kind] = {
 KINDS |= {
     name: Kind({"kind": name})
     for name in drafters.names()
-    if name not in {kind.drafter["kind"] for kind in KINDS.values()}
+    if name not in {kind.drafter["kind"] for kind in KINDS.values()} and not is_searched(name)
 }
+
+SEARCHED = {name: Kind({"kind": name}, loss=None) for name in searched_kinds()}
+"""Kinds without weights to train."""
 
 ON_POLICY = Kind(
     KINDS["causal_lm"].drafter,
@@ -129,7 +133,7 @@ IN_PROCESSES = "eagle3_cut"
 
 def drafter_settings(name: str) -> Any:
     """Return the settings of a kind's drafter."""
-    return recipe(KINDS[name], target=Path("none"), folder=Path("none")).drafter
+    return recipe((KINDS | SEARCHED)[name], target=Path("none"), folder=Path("none")).drafter
 
 
 def loss_settings(name: str) -> Any:

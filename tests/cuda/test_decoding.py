@@ -19,7 +19,7 @@ from drafttrain.eval.length.tree import TreeSettings
 from drafttrain.eval.proposers import Surroundings, make, proposers
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
 from drafttrain.target_model import Target
-from tests.cuda.kinds import KINDS
+from tests.cuda.kinds import KINDS, SEARCHED
 from tests.cuda.models import MAX_NEW_TOKENS, PROMPTS, engine, head_folder, packed
 
 pytestmark = pytest.mark.pretended_cuda
@@ -56,12 +56,12 @@ def of_registry(registry: Registry, heads_of: dict[str, str], head: str, name: s
     return settings(head=heads_of[head]) if reads_head else settings()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *SEARCHED])
 def test_every_kind_drafts_chains_at_a_temperature(name: str, target: Target, drafter_of: Any) -> None:
     decode(target, drafter_of(name), sampling=SAMPLED)
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "kangaroo"])
+@pytest.mark.parametrize("name", [name for name in (*KINDS, *SEARCHED) if name != "kangaroo"])
 def test_every_kind_but_kangaroo_drafts_trees(name: str, target: Target, drafter_of: Any) -> None:
     decode(target, drafter_of(name), length=TreeSettings(num_draft_tokens=6, depth=2, width=2))
 
@@ -86,7 +86,7 @@ def test_every_proposer_that_needs_no_training(name: str, target: Target, drafte
     decode(target, None, make(proposers.entry(name).settings(), made_of))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *SEARCHED])
 def test_every_kind_is_replayed(name: str, target: Target, drafter_of: Any) -> None:
     texts = [Text(one.id, list(one.tokens), [7, 8, 9, 10]) for one in PROMPTS]
     for sampling in (Sampling(), SAMPLED):

@@ -14,8 +14,9 @@ from drafttrain.core.errors import Interrupted
 from drafttrain.pipeline.data import write_texts as write_data
 from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.pipeline.evaluating import evaluate_folders
+from drafttrain.pipeline.search_run import SearchRun
 from tests.cuda.happenings import Happenings
-from tests.cuda.kinds import KINDS, ON_POLICY, recipe, write_texts
+from tests.cuda.kinds import KINDS, ON_POLICY, SEARCHED, recipe, write_texts
 
 pytestmark = pytest.mark.pretended_cuda
 
@@ -57,3 +58,15 @@ def test_every_kind_goes_all_the_way_on_one_gpu(
     result = evaluate_folders(folders, run.target, made.eval, dropped=[])
     assert result.temperatures[0].drafters["drafter"].parity.exact
     assert cuda.operations > 1000
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_every_searched_kind_goes_all_the_way_on_one_gpu(name: str, tmp_path: Path, target_folder: Path) -> None:
+    write_texts(tmp_path)
+    made = recipe(SEARCHED[name], target=target_folder, folder=tmp_path)
+    run = SearchRun(made, tmp_path / "run")
+    write_data(run)
+    run.train()
+    run.export_best()
+    result = evaluate_folders({"drafter": run.folder.drafter}, run.target, made.eval, dropped=[])
+    assert result.temperatures[0].drafters["drafter"].parity.exact

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from drafttrain.commands.plan_header import write_figures
 from drafttrain.config.recipe import Recipe
+from drafttrain.config.searched import is_searched
 from drafttrain.core.console import say, table
 from drafttrain.core.errors import DrafttrainError, RecipeError
 from drafttrain.core.gpus import MEMORY_AND_BANDWIDTH, RESERVED_BYTES, gpu_named
 from drafttrain.pipeline.plan import COUNTED, EXACT, Plan, memory_of_parts, plan_of, size_in_gb
 from drafttrain.pipeline.run import quiet_libraries
+from drafttrain.pipeline.search_plan import SearchPlan, search_plan_of
 
 FORMULA = "formula"
 CPU = "cpu"
@@ -40,10 +42,13 @@ def print_plan(
     if problems:
         raise RecipeError("arguments", problems)
     quiet_libraries()
-    made = plan_of(recipe, chosen, utilization=utilization, records=records)
-    table(list(_parameters(made)), columns=["parameters", "number", "how"])
-    table(list(_memory(made)), columns=["on a device", "GB", "how"], title="\nMemory")
-    table(list(_work(made)), columns=["training", "", "how"], title="\nWork")
+    made: Plan | SearchPlan
+    if recipe.drafter is not None and is_searched(recipe.drafter.kind):
+        made = search_plan_of(recipe, chosen, utilization=utilization)
+        table(list(made.figures()), columns=["search", ""])
+    else:
+        made = plan_of(recipe, chosen, utilization=utilization, records=records)
+        _print_training(made)
     if header is not None:
         write_figures(header, made)
         say(f"written: {header}")
@@ -52,6 +57,12 @@ def print_plan(
         lacking = (made.memory + RESERVED_BYTES - chosen.memory_bytes) / 1e9
         head = f"does not fit: {lacking:.1f} GB more than {chosen.name} has. What helps, the cheapest first:"
         raise DrafttrainError("\n  ".join([head, *changes]))
+
+
+def _print_training(plan: Plan) -> None:
+    table(list(_parameters(plan)), columns=["parameters", "number", "how"])
+    table(list(_memory(plan)), columns=["on a device", "GB", "how"], title="\nMemory")
+    table(list(_work(plan)), columns=["training", "", "how"], title="\nWork")
 
 
 def _parameters(plan: Plan) -> Iterator[list[str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from drafttrain.core.files import write_text
 from drafttrain.pipeline.plan import Plan, memory_of_parts, size_in_gb
+from drafttrain.pipeline.search_plan import SearchPlan
 
 FIGURES = re.compile(r"^# Computed by `drafttrain plan`.*\n(?:#   .*\n)*", re.MULTILINE)
 """The line that introduces them, and the lines below it that are indented."""
@@ -15,15 +16,16 @@ COMMENT = re.compile(r"(?:#.*\n)*")
 WIDTH = 60, 14
 
 
-def figures(plan: Plan) -> str:
+def figures(plan: Plan | SearchPlan) -> str:
     """Return the lines with the figures of a plan, as `FIGURES` finds them again."""
     devices = "a CPU" if plan.gpu is None else f"{plan.processes} {plan.gpu.name}"
     name, value = WIDTH
-    lines = [f"#   {one:<{name}}{figure:>{value}}\n" for one, figure in _rows(plan)]
+    rows = plan.figures() if isinstance(plan, SearchPlan) else _rows(plan)
+    lines = [f"#   {one:<{name}}{figure:>{value}}\n" for one, figure in rows]
     return "".join([f"# Computed by `drafttrain plan` for {devices}, not measured:\n", *lines])
 
 
-def with_figures(text: str, plan: Plan) -> str:
+def with_figures(text: str, plan: Plan | SearchPlan) -> str:
     """Return the text of a recipe with these figures in place of its older ones, or at the end of its first comment."""
     if FIGURES.search(text):
         return FIGURES.sub(lambda _: figures(plan), text, count=1)
@@ -33,7 +35,7 @@ def with_figures(text: str, plan: Plan) -> str:
     return f"{head}{'#' + chr(10) if head else ''}{figures(plan)}{text[len(head) :]}"
 
 
-def write_figures(path: Path, plan: Plan) -> None:
+def write_figures(path: Path, plan: Plan | SearchPlan) -> None:
     """Write the figures of a plan into the file of its recipe."""
     write_text(path, with_figures(path.read_text(encoding="utf-8"), plan))
 

@@ -39,6 +39,8 @@ class Field(NamedTuple):
     def is_missing_from(self, given: Mapping[str, Any]) -> bool:
         """Return whether the value must be given because the key that could replace it is not given."""
         unless = self.metadata.get("unless")
+        if callable(unless):
+            return not unless(given)
         return unless is not None and (unless not in given or given[unless].value is None)
 
     @property

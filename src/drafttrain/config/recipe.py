@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from drafttrain.config.searched import is_searched, needs_no_loss, problems_of_search, problems_of_swift
 from drafttrain.core.registry import Registry, components_of
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.annotate import annotators
@@ -23,7 +24,7 @@ from drafttrain.target_model.settings import TargetSettings
 from drafttrain.training.settings import TrainSettings
 
 TRAINED = (("drafter", "loss"), ("head",))
-"""The sections that define what is trained: a recipe has one of these groups."""
+"""The sections that define what is trained: a recipe has one of these groups, or a drafter that is searched."""
 
 MAX_NAME_BYTES = 200
 """File systems allow 255; some folders beside the run's have a longer name than it."""
@@ -46,7 +47,7 @@ class Recipe:
         None, help="The head to train on a frozen drafter and target, by kind; or give a drafter.", registry=heads
     )
     loss: Any = setting(
-        None, help="The loss of a drafter, by kind; a head has its own.", registry=losses, unless="head"
+        None, help="The loss of a drafter, by kind; a head has its own.", registry=losses, unless=needs_no_loss
     )
     data: DataSettings = setting(help="Where text comes from, and what the target generates.")
     train: TrainSettings = field(default_factory=TrainSettings, metadata={"help": "How the drafter is trained."})
@@ -94,9 +95,11 @@ class Recipe:
             )
         problems += self.eval.problems_with(self.drafter)
         problems += self._confidence()
+        if is_searched(getattr(self.drafter, "kind", None)):
+            problems += problems_of_search(self)
         problems += self._trees()
         problems += self._numbered_devices()
-        problems += self._beside()
+        problems += [*self._beside(), *problems_of_swift(self)]
         if "gain_over_start" in self.export.require and not self.eval.start:
             problems.append("export.require.gain_over_start: the start is not evaluated with eval.start: false")
         problems += self._adapters()

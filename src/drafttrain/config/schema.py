@@ -9,6 +9,7 @@ from typing import Any, Literal, Union
 from drafttrain.config.dump import plain
 from drafttrain.config.fields import Field, fields_of
 from drafttrain.config.recipe import TRAINED, Recipe
+from drafttrain.config.searched import searched_kinds
 from drafttrain.core.registry import Registry
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -21,7 +22,11 @@ def recipe_schema() -> dict[str, Any]:
     """Return the schema of a recipe, with one definition for each settings dataclass."""
     definitions: dict[str, Any] = {}
     root = _settings(Recipe, definitions)
-    trained = {"anyOf": [{"required": list(sections)} for sections in TRAINED]}
+    searched = {
+        "properties": {"drafter": {"properties": {"kind": {"enum": searched_kinds()}}}},
+        "required": ["drafter"],
+    }
+    trained = {"anyOf": [*({"required": list(sections)} for sections in TRAINED), searched]}
     return {"$schema": DIALECT, "title": "drafttrain recipe", **root, **trained, "$defs": definitions}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from drafttrain.core.generations import ForwardEvent, Generation
 from drafttrain.core.proposals import Budget, Context, DraftStep, Exactness, LayerState, More, Proposal, Verdict
@@ -64,10 +64,13 @@ class FirstBlocks(Protocol):
 
 @runtime_checkable
 class DraftsInTarget(Protocol):
-    """A proposer that drafts with the target's own first blocks. Its proposals contain the state to continue from."""
+    """A proposer that drafts with the target's own blocks, on its cache.
 
-    def share(self, blocks: FirstBlocks) -> None:
-        """Store the blocks of the verifying target. Called before `begin`."""
+    Proposals of one that runs the first blocks (`FirstBlocks`) contain the state to continue from.
+    """
+
+    def share(self, target: Any) -> None:
+        """Store the verifying target's `CachedLM`. Called before `begin`."""
         ...
 
 

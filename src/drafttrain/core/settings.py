@@ -1,6 +1,7 @@
 """Declares a field of a settings dataclass: default, meaning, unit and range, in one call."""
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, field, is_dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ def setting(
     le: float | None = None,
     lt: float | None = None,
     registry: Registry | None = None,
-    unless: str | None = None,
+    unless: str | Callable[[Mapping[str, Any]], bool] | None = None,
     accepts: Any = None,
     or_list: bool = False,
 ) -> Any:
@@ -30,7 +31,8 @@ def setting(
             A list type means a list of such mappings.
         accepts: The type that a recipe is checked against, where it is a choice that an annotation cannot express.
         or_list: The value may also be a list of components.
-        unless: The recipe must give a value even if there is a default, unless it gives this other key of the section.
+        unless: The recipe must give a value even if there is a default, unless it gives this other key of the section, or this function
+            accepts what the section gives.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {"help": help, **bounds, "registry": registry, "unless": unless, "accepts": accepts, "or_list": or_list}

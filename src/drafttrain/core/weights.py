@@ -34,6 +34,13 @@ class Weights:
             self.attention_width + other.attention_width,
         )
 
+    def __sub__(self, other: Weights) -> Weights:
+        return Weights(
+            self.num_bytes - other.num_bytes,
+            self.multiplications - other.multiplications,
+            self.attention_width - other.attention_width,
+        )
+
     def read(self, rows: int, *, pairs: int = 0) -> Work:
         """Return the work of passing rows through them in one call.
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from drafttrain.core.batches import DraftBatch, DraftOutput
@@ -17,6 +18,7 @@ from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.registry import Registry
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.target_rows import RowsAsked, TargetNeeds
+from drafttrain.core.texts import Record
 from drafttrain.drafters.lora import LoraAdapter, LoraSettings, linears_in, modules_named
 from drafttrain.target_model import Target
 
@@ -40,6 +42,8 @@ class Drafter(nn.Module, ABC):
     """`compile_with` replaces parts of it."""
     reads_slots: ClassVar[bool] = False
     """In training, its forward computes only the positions that the rows of its loss need."""
+    searched: ClassVar[bool] = False
+    """It has no weights to train: `fit` calls `search` where it would train."""
     writes_text: ClassVar[bool] = False
     """It reads nothing of the target, so that its `language_model` continues any text, also during training."""
     drafts_trees: ClassVar[bool] = True
@@ -95,6 +99,11 @@ class Drafter(nn.Module, ABC):
     def predicts_confidence(cls, settings: Any) -> bool:
         """Return whether a drafter with these settings predicts its own acceptance: `DraftOutput.confidence_BT`."""
         return False
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.parameters()).device
 
     @property
     def deepest(self) -> int | None:
@@ -249,6 +258,16 @@ class Drafter(nn.Module, ABC):
     def adapting(self, target: Target) -> AbstractContextManager[None]:
         """Within this context, `target` has the adapters of the drafter in training, if there are any."""
         return nullcontext()
+
+    def search(self, target: Target, records: Sequence[Record], *, num_steps: int, seed: int, log: Path) -> int:
+        """Find what this drafter is made of, if it is `searched`, on training texts; return the number of steps.
+
+        Args:
+            records: `train.batch_size` of them.
+            num_steps: `train.max_steps`.
+            log: File of the scores so far: an interrupted search continues from it.
+        """
+        raise NotImplementedError(f"{self.kind}: searched is False")
 
     def calibrate(self, target: Target, batches: Iterable[DraftBatch]) -> Mapping[str, Any]:
         """Fit what is calibrated on held-out text after training; return JSON files of the drafter folder, by name."""

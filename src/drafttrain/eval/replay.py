@@ -92,7 +92,7 @@ def _replay_batch(
     seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs() | TargetNeeds(final=True))
     target_rows = target.rows_of(seen)
     # In training the drafter may be on another device than its target.
-    device = next(drafter.parameters()).device
+    device = drafter.device
     batch = batch.to(device)
     drafted = drafter(replace(batch, target=seen.to(device), num_depths=num_depths))
     # An argmax draft is a distribution with one token: its acceptance rate is the target's probability of that token.

@@ -69,7 +69,7 @@ class DrafterExporter:
 
 def calibrated(drafter: Drafter, texts: CalibrationTexts) -> Mapping[str, Any]:
     """Return the files that a drafter calibrates on held-out texts, by name; the drafter stays on its device."""
-    own, device = next(drafter.parameters()).device, texts.target.device
+    own, device = drafter.device, texts.target.device
     target = drafter.adapted(texts.target)
     files = drafter.to(device).calibrate(target, _batches(texts.texts, device))
     drafter.to(own)

@@ -50,6 +50,8 @@ class RunFolder:
         self.pretrain = path / "pretrain"
         self.train = path
         self.train_done = path / "train.json"
+        self.search = path / "search.jsonl"
+        """The scores of a drafter that is searched instead of trained."""
         self.start = path / "start"
         self.unfinished = path / "eval.unfinished"
         self.labelled = self.data / "labelled"
@@ -97,7 +99,8 @@ class RunFolder:
 
     def has_weights(self) -> bool:
         """Return whether a training left weights here, finished or not."""
-        return self.train_done.exists() or any((self.train / "checkpoints").glob("step-*.ckpt"))
+        checkpoints = (self.train / "checkpoints").glob("step-*.ckpt")
+        return self.train_done.exists() or self.search.exists() or any(checkpoints)
 
     def _began(self) -> bool:
         """Return whether anything was trained: in pretraining, in training or online."""

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from drafttrain.config.made_by import MADE_BY
 from drafttrain.config.recipe import Recipe
+from drafttrain.config.searched import is_searched
 from drafttrain.core.errors import RecipeError
 from drafttrain.core.gpus import MEMORY_AND_BANDWIDTH, RESERVED_BYTES, Gpu
 from drafttrain.data_gen.states import states
@@ -217,6 +218,8 @@ def _not_planned(recipe: Recipe) -> Iterator[str]:
     """Yield why the cost of a recipe cannot be counted."""
     if recipe.drafter is None:
         yield "head: a plan counts the training of a drafter, and this recipe trains a head, which is small"
+    if recipe.drafter is not None and is_searched(recipe.drafter.kind):
+        yield f"drafter.kind: {recipe.drafter.kind} has no weights to train: its search has another plan"
     if recipe.target.model is None:
         yield "target.model: a plan needs the sizes of a target, and there is none"
     if getattr(recipe.drafter, "tokenizer", None) is not None:

@@ -24,11 +24,11 @@ from drafttrain.eval.prompts import BUILTIN, Prompts, files_of, prompt_file, rea
 from drafttrain.export import exporters
 from drafttrain.export.layout import text_config
 from drafttrain.pipeline.model_parts import ModelParts, NotHere, target_parts
-from drafttrain.target_model.cached_lm import sliding_window
 from drafttrain.target_model.end_tokens import end_of_text_id
 from drafttrain.target_model.folder_checks import check_model_files
 from drafttrain.target_model.folders import fingerprint_of
 from drafttrain.target_model.other_tokenizer import OtherTokenizer
+from drafttrain.target_model.rolling_back import window_of
 from drafttrain.target_model.tokenizer import check_same_tokenizer, tokenizer_files, tokenizer_fingerprint
 
 FIRST_SHOWN = 3
@@ -254,7 +254,7 @@ def _window(target: ModelParts, recipe: Recipe) -> str | None:
     Raises:
         CheckpointError: A layer has a state that cannot be rolled back.
     """
-    window, longest = sliding_window(target.config, name=target.name), recipe.data.max_length
+    window, longest = window_of(target.config, name=target.name), recipe.data.max_length
     if window is None or window > longest:
         return None
     return f"the target has a sliding window of {window} and data.max_length is {longest}: longer texts are decoded one at a time"

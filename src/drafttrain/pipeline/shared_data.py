@@ -51,7 +51,8 @@ def cached_together(recipe: Recipe) -> str:
     """
     steps = replace(TrainSettings(), max_steps=recipe.train.max_steps, batch_size=recipe.train.batch_size)
     read = replace(recipe, name="", loss=None, train=steps, eval=EvalSettings(), export=ExportSettings())
-    return f"{_data_key(recipe)} {_digest(read)} {losses.build(recipe.loss).needs_target}"
+    distribution = recipe.loss is not None and losses.build(recipe.loss).needs_target
+    return f"{_data_key(recipe)} {_digest(read)} {distribution}"
 
 
 def _data_key(recipe: Recipe) -> str:

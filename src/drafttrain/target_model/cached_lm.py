@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,18 +21,35 @@ from drafttrain.core.generations import ForwardEvent, ForwardShape
 from drafttrain.core.proposals import LayerState
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.core.weights import Weights
 from drafttrain.target_model.anatomy import taps, trunk
 from drafttrain.target_model.block_range import block_range
 from drafttrain.target_model.grouped_attention import GroupedAttention
 from drafttrain.target_model.model_weights import ModelWeights
 from drafttrain.target_model.positions import position_limit
 from drafttrain.target_model.ragged_cache import RaggedCache, Tree
+from drafttrain.target_model.rolling_back import refuse_states_that_cannot_roll_back, window_of
+from drafttrain.target_model.sublayers import Skipped, Sublayers
 
-FULL_ATTENTION = ("full_attention", "attention")
-SLIDING_ATTENTION = ("sliding_attention", "chunked_attention", "local_attention")
 MASKED_ATTENTION = ("sdpa", "eager")
 PARTS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest differences, relative to the largest logit, that the rounding of two calls explains."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a model that a call runs."""
+
+    name: str
+    """Of the call, in the ledger."""
+    caches: Sequence[RaggedCache]
+    context: AbstractContextManager[None]
+    """In which the model runs only this part."""
+    num_layers: int
+    running: range | None = None
+    """The blocks; None: all."""
+    without: Weights = Weights()
+    """Of sublayers in these blocks that do not run."""
 
 
 class CachedLM:
@@ -51,8 +68,8 @@ class CachedLM:
         self.listener = listener
         self.device = next(model.parameters()).device
         self._config = model.config.get_text_config()
-        self._window = sliding_window(self._config, name=name)
-        _refuse_states_that_cannot_roll_back(model, name=name)
+        self._window = window_of(self._config, name=name)
+        refuse_states_that_cannot_roll_back(model, name=name)
         self._trunk = trunk(model)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._attention = GroupedAttention(model)
@@ -153,15 +170,9 @@ class CachedLM:
             raise CheckpointError(
                 f"{self.name}: hidden state {passed[0]} is not available when a call continues from block {self.split}"
             )
-        return self._read(
-            tokens,
-            parents=parents,
-            needs=needs,
-            running=range(self.split if states and self.split else 0, self._num_layers),
-            entering=[one.hidden_ND for one in states] or None,
-            embedded=embedded,
-            prefill=prefill,
-        )
+        running = range(self.split if states and self.split else 0, self._num_layers)
+        part = self._blocks(running, entering=[one.hidden_ND for one in states] or None)
+        return self._read(tokens, parents=parents, needs=needs, part=part, embedded=embedded, prefill=prefill)
 
     def run_first_blocks(self, tokens: Sequence[Sequence[int]]) -> list[LayerState]:
         """Read new tokens with only the blocks before the split; return the states that enter the next block.
@@ -171,8 +182,32 @@ class CachedLM:
         """
         assert self.split is not None, "call split_at first"
         needs = TargetNeeds(hidden=(self.split,))
-        seen = self._read(tokens, parents=None, needs=needs, running=range(self.split))
+        seen = self._read(tokens, parents=None, needs=needs, part=self._blocks(range(self.split)))
         return [LayerState(self.split, one.hidden_BTD[self.split][0]) for one in seen if one.hidden_BTD]
+
+    def read_beside(
+        self,
+        cache: RaggedCache,
+        tokens: Sequence[Sequence[int]],
+        *,
+        sublayers: Sublayers,
+        skipped: Skipped,
+        parents: Sequence[Tree] | None = None,
+        needs: TargetNeeds | None = None,
+    ) -> list[TargetOutput]:
+        """Read tokens after the kept ones, without some sublayers; the model's own cache stays as it is.
+
+        Args:
+            cache: Of these tokens: `self.cache.beside(skipped.attention)`.
+        """
+        part = Part(
+            f"{self.name} without some sublayers",
+            caches=[cache],
+            context=sublayers.without(skipped),
+            num_layers=self._num_layers - len(skipped) // 2,
+            without=self._weights.of_sublayers(*sublayers.modules(skipped)),
+        )
+        return self._read(tokens, parents=parents, needs=needs or TargetNeeds(logits=True), part=part)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Read and keep one token of every sequence; return logits_BV after it."""
@@ -180,7 +215,7 @@ class CachedLM:
             [[token] for token in tokens],
             parents=None,
             needs=TargetNeeds(logits=True),
-            running=range(self._num_layers),
+            part=self._blocks(range(self._num_layers)),
         )
         self.cache.commit()
         logits_BV: Tensor = output.logits[:, -1]
@@ -204,10 +239,17 @@ class CachedLM:
     def _caches(self) -> list[RaggedCache]:
         return [self.cache] if self._first_cache is None else [self._first_cache, self.cache]
 
-    def _caches_of(self, running: range) -> list[RaggedCache]:
-        """Return the caches of the blocks of `running`, one for each side of the split."""
-        caches = self._caches()
-        return caches if len(running) == self._num_layers else caches[:1] if 0 in running else caches[1:]
+    def _blocks(self, running: range, *, entering: Sequence[Tensor] | None = None) -> Part:
+        """Return the blocks of `running`, with the caches of both sides of the split, or of their own side."""
+        caches, whole = self._caches(), len(running) == self._num_layers
+        entering_BND = None if entering is None else padded_rows(entering, max(map(len, entering)))
+        return Part(
+            self.name if running.stop == self._num_layers else f"{self.name}'s first blocks",
+            caches=caches if whole else caches[:1] if 0 in running else caches[1:],
+            context=nullcontext() if whole else block_range(self.model, running, entering_BND=entering_BND),
+            num_layers=len(running),
+            running=running,
+        )
 
     @torch.no_grad()
     def _read(
@@ -216,24 +258,15 @@ class CachedLM:
         *,
         parents: Sequence[Tree] | None,
         needs: TargetNeeds,
-        running: range,
-        entering: Sequence[Tensor] | None = None,
+        part: Part,
         embedded: Sequence[Tensor] | None = None,
         prefill: bool = False,
     ) -> list[TargetOutput]:
-        """Read new tokens with the blocks of `running`; return the requested outputs by sequence."""
+        """Read new tokens with a part of the model; return the requested outputs by sequence."""
         sizes = [len(nodes) for nodes in tokens]
         if not any(sizes):
             return [TargetOutput() for _ in tokens]
-        output, seen = self._run(
-            tokens,
-            parents=parents,
-            needs=needs,
-            running=running,
-            entering=entering,
-            embedded=embedded,
-            prefill=prefill,
-        )
+        output, seen = self._run(tokens, parents=parents, needs=needs, part=part, embedded=embedded, prefill=prefill)
         return [
             TargetOutput(
                 logits_BTV=output.logits[row : row + 1, :size] if needs.logits else None,
@@ -250,16 +283,15 @@ class CachedLM:
         *,
         parents: Sequence[Tree] | None,
         needs: TargetNeeds,
-        running: range,
-        entering: Sequence[Tensor] | None = None,
+        part: Part,
         embedded: Sequence[Tensor] | None = None,
         prefill: bool = False,
     ) -> tuple[Any, dict[int | str, Tensor]]:
-        """Read new tokens with the blocks of `running`; return the model's output and its hidden states, batched."""
+        """Read new tokens with a part of the model; return the model's output and its hidden states, batched."""
         sizes = [len(nodes) for nodes in tokens]
         width = max(sizes)
         span = Span(self.device)
-        caches = self._caches_of(running)
+        caches = part.caches
         trees = caches[0].trees(sizes, parents)
         tokens_BN = torch.tensor([[*nodes, *[0] * (width - len(nodes))] for nodes in tokens])
         positions_BN = self._positions(caches[0], sizes, trees, width=width)
@@ -274,24 +306,15 @@ class CachedLM:
         if self._takes_positions:
             arguments["position_ids"] = positions_BN
         tapped: Any = taps(self.model, needs) if needs.hidden or needs.final else nullcontext({})
-        whole = len(running) == self._num_layers
-        with (
-            tapped as seen,
-            self._attention(),
-            nullcontext()
-            if whole
-            else block_range(
-                self.model, running, entering_BND=None if entering is None else padded_rows(entering, width)
-            ),
-        ):
+        with tapped as seen, self._attention(), part.context:
             output = (self.model if needs.logits else self._trunk)(**arguments)
         lengths = caches[0].lengths
         for cache in caches:
             cache.appended(sizes, trees, width=width)
         if self.listener is not None:
             head_rows = sum(sizes) if needs.logits else 0
-            shape = ForwardShape.of(sizes, lengths, num_layers=len(running), head_rows=head_rows)
-            self.listener(self._event(shape, running=running, prefill=prefill, span=span.end()))
+            shape = ForwardShape.of(sizes, lengths, num_layers=part.num_layers, head_rows=head_rows)
+            self.listener(self._event(shape, part, prefill=prefill, span=span.end()))
         return output, dict(seen)
 
     def _is_same_in_two_parts(self) -> bool:
@@ -342,16 +365,14 @@ class CachedLM:
         if why := self.why_one_at_a_time(columns):
             raise CheckpointError(f"{self.name}: {why}: decode one sequence at a time, in chains")
 
-    def _event(self, shape: ForwardShape, *, running: range, prefill: bool, span: Span) -> ForwardEvent:
-        cached, of_all = (
-            sum(cache.bytes_per_token() for cache in some) for some in (self._caches_of(running), self._caches())
-        )
+    def _event(self, shape: ForwardShape, part: Part, *, prefill: bool, span: Span) -> ForwardEvent:
+        cached, of_all = (sum(cache.bytes_per_token() for cache in some) for some in (part.caches, self._caches()))
         one = shape.num_sequences
         plain = replace(shape, num_tokens=one, pairs=shape.context + one, head_rows=one)
         return ForwardEvent(
-            model=self.name if running.stop == self._num_layers else f"{self.name}'s first blocks",
+            model=part.name,
             shape=shape,
-            work=self._weights.work(shape, cache_bytes=cached, blocks=running),
+            work=self._weights.work(shape, cache_bytes=cached, blocks=part.running, without=part.without),
             span=span,
             prefill=prefill,
             plain_bytes=self._weights.work(plain, cache_bytes=of_all).bytes_read,
@@ -361,26 +382,3 @@ class CachedLM:
 def padded_rows(rows: Sequence[Tensor], width: int) -> Tensor:
     """Return the rows_ND of all sequences as a padded batch."""
     return torch.stack([pad(row_ND, (0, 0, 0, width - len(row_ND))) for row_ND in rows])
-
-
-def sliding_window(config: Any, *, name: str) -> int | None:
-    """Return the sliding window in tokens; None: every layer attends to everything.
-
-    Raises:
-        CheckpointError: A layer has a state that cannot be rolled back.
-    """
-    kinds = set(getattr(config, "layer_types", None) or ())
-    unknown = sorted(kinds - {*FULL_ATTENTION, *SLIDING_ATTENTION})
-    if unknown:
-        raise CheckpointError(
-            f"{name}: layers of kind {', '.join(unknown)} have a state that cannot be rolled back. "
-            f"Supported layers: {', '.join((*FULL_ATTENTION, *SLIDING_ATTENTION))}"
-        )
-    sliding = bool(kinds & set(SLIDING_ATTENTION)) if kinds else getattr(config, "use_sliding_window", True)
-    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-    return int(window) if sliding and window else None
-
-
-def _refuse_states_that_cannot_roll_back(model: Any, *, name: str) -> None:
-    if getattr(model, "_is_stateful", False):
-        raise CheckpointError(f"{name}: {type(model).__name__} has a recurrent state, which cannot be rolled back")

@@ -5,7 +5,8 @@ B = sequences, G = key-value heads, C = columns, d = width of a head
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import DynamicCache
@@ -85,6 +86,22 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.show(columns)
 
 
+class LayerBeside(GrowingLayer):
+    """New columns after those of another layer, in the same memory. What the other layer uses is read, never copied or written."""
+
+    def __init__(self, other: GrowingLayer) -> None:
+        super().__init__()
+        self._other = other
+        self._taken = other._taken  # one list: memory that grows here has grown there
+        self.dtype, self.device, self.is_initialized = other.dtype, other.device, True
+        self.show(other.keys.shape[-2])
+
+    def reserve(self, columns: int) -> None:
+        """Allocate at least this many columns, for both layers."""
+        super().reserve(columns)
+        self._other.show(self._other.keys.shape[-2])
+
+
 class GrowingCache(DynamicCache):  # type: ignore[misc]
     """A Hugging Face cache of growing layers.
 
@@ -94,6 +111,19 @@ class GrowingCache(DynamicCache):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.layer_class_to_replicate = GrowingLayer
+
+    def beside(self, without: Collection[int]) -> GrowingCache:
+        """Return a cache that reads this one and writes after its columns (see `LayerBeside`).
+
+        Args:
+            without: Layers that no call reads: these have no keys and values there.
+        """
+        cache, layers = GrowingCache(), cast(list[GrowingLayer], self.layers)
+        cache.layers = [
+            LayerBeside(layer) if layer.is_initialized and number not in without else GrowingLayer()
+            for number, layer in enumerate(layers)
+        ]
+        return cache
 
 
 def _whole(columns: int) -> int:

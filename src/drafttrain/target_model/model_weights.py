@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -30,18 +31,29 @@ class ModelWeights:
         self._head = Weights() if head_module is None else weights_of(head_module)
         self._body = sum(w.numel() * w.element_size() for w in others)
 
-    def work(self, shape: ForwardShape, *, cache_bytes: int, blocks: range | None = None) -> Work:
+    def work(
+        self, shape: ForwardShape, *, cache_bytes: int, blocks: range | None = None, without: Weights | None = None
+    ) -> Work:
         """Return the work of a call with these blocks; None: with all of them.
 
         Args:
             cache_bytes: Of one token of one sequence, over these blocks.
+            without: The weights of sublayers that do not run (`of_sublayers`).
         """
         blocks = blocks or range(len(self._by_block))
-        work = self._of_blocks(blocks).read(shape.num_tokens, pairs=shape.pairs)
+        running = self._of_blocks(blocks) - (without or Weights())
+        work = running.read(shape.num_tokens, pairs=shape.pairs)
         if shape.head_rows:
             work += self._head.read(shape.head_rows)
         cached = cache_bytes * (shape.context + shape.num_tokens)
         return work + Work(row_bytes=self._row * shape.num_tokens, cache_bytes=cached)
+
+    def of_sublayers(self, attention: Sequence[nn.Module], mlps: Sequence[nn.Module]) -> Weights:
+        """Return the weights of these sublayers of blocks."""
+        config = self._model.config.get_text_config()
+        width, active = query_width(config), active_experts(config)
+        found = [weights_of(one, attention_width=width) for one in attention]
+        return sum((*found, *(weights_of(one, active=active) for one in mlps)), Weights())
 
     def _of_blocks(self, running: range) -> Weights:
         """Return these blocks; with the last one also the bytes of everything else outside embedding and head."""

@@ -5,7 +5,7 @@ B = sequences, C = columns of the cache, N = nodes of one call (the longest sequ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -158,6 +158,26 @@ class RaggedCache:
             rows_B, columns_BW = rows_B.to(layer.device), columns_BW.to(layer.device)
             layer.select(rows_B, columns_BW)
         self._fit(width)
+
+    def beside(self, without: Collection[int] = (), *, visible: Sequence[int] | None = None) -> RaggedCache:
+        """Return a cache for tokens that are read after the kept ones and never kept: this one stays as it is.
+
+        Its columns are unused ones of the same memory. It is valid until this cache is changed.
+
+        Args:
+            without: Layers that no call reads.
+            visible: By sequence, the first cached tokens that the new ones follow and attend to; None: all.
+        """
+        assert self.lengths == self.kept, "keep or drop the pending tokens first"
+        cache = RaggedCache(len(self.lengths))
+        cache.hf = self.hf.beside(without)
+        cache.lengths = list(self.lengths if visible is None else visible)
+        cache.kept, cache.columns = list(cache.lengths), self.columns
+        cache._real_BC = self._real_BC
+        if visible is not None and cache.lengths != self.lengths:
+            places_BC = self._real().cumsum(dim=1)
+            cache._real_BC = self._real() & (places_BC <= torch.tensor(cache.lengths)[:, None])
+        return cache
 
     def bytes_per_token(self) -> int:
         """Return the bytes of one token of one sequence, over all layers; 0 before the first call."""

@@ -6,7 +6,7 @@ B = a batch of one, T = tokens of a call, V = vocabulary, D = hidden
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,38 +20,70 @@ from drafttrain.drafters.causal_lm.decoding import decoding_lm
 from drafttrain.drafters.causal_lm.layer_parallel import LayerParallelLM
 from drafttrain.drafters.chain_draft import ChainDraft
 from drafttrain.drafters.tree_draft import TreeDraft, Trees
+from drafttrain.target_model.ragged_cache import Tree
 
 
-class ChainProposer:
-    """Drafts chains by sampling or argmax (the same at temperature 0), and dynamic trees.
+class DraftLM(Protocol):
+    """A causal LM and the cache of the sequences that it reads, as `CachedLM` describes them."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in the cache by sequence, including pending ones."""
+        ...
+
+    @property
+    def kept(self) -> list[int]:
+        """Tokens in the cache by sequence at the last `keep`."""
+        ...
+
+    def why_one_at_a_time(self, longest: int) -> str | None:
+        """Return why sequences of up to `longest` tokens are read one at a time; None: they can be batched."""
+        ...
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Any:
+        """Start new sequences after these prompts."""
+        ...
+
+    def forward(
+        self, tokens: Sequence[Sequence[int]], *, parents: Sequence[Tree] | None = None, needs: TargetNeeds
+    ) -> list[TargetOutput]:
+        """Read new tokens of every sequence."""
+        ...
+
+    def keep(self, nodes: Sequence[Sequence[int]]) -> None:
+        """Keep these of each sequence's pending tokens."""
+        ...
+
+    def drop(self, keep: Sequence[int]) -> None:
+        """Keep only these sequences."""
+        ...
+
+
+class LMProposer:
+    """Drafts chains by sampling or argmax (the same at temperature 0), and dynamic trees, with any language model.
 
     Args:
+        lm: The language model with its cache.
+        rows: Of its head.
         target_vocab_size: Width of the rows of q.
         num_tokens: Ids that the tokenizer can produce; the drafter's other rows are padding and get no probability.
         draft: `sampled`, or `greedy`: FIXED nodes at every temperature, as vLLM drafts.
         only: The tokens that may be drafted; None: all.
-        layer_parallel_size: Layers that read the same states while it drafts (`LayerParallelLM`); 1: none.
     """
 
     needs = TargetNeeds()
 
     def __init__(
         self,
-        model: Any,
+        lm: DraftLM,
         *,
+        rows: int,
         target_vocab_size: int,
         num_tokens: int | None = None,
-        listener: ForwardListener | None = None,
         draft: str = "sampled",
         only: Tensor | None = None,
-        layer_parallel_size: int = 1,
     ) -> None:
-        self._lm = (
-            decoding_lm(model, listener=listener)
-            if layer_parallel_size == 1
-            else LayerParallelLM(model, layer_parallel_size, name="drafter", listener=listener)
-        )
-        rows = int(model.get_output_embeddings().weight.shape[0])
+        self._lm = lm
         vocabulary = DraftVocabulary(
             None, num_tokens=min(rows, target_vocab_size, num_tokens or target_vocab_size), only=only
         )
@@ -141,6 +173,31 @@ class ChainProposer:
             for reads, verdict in zip(self._reads, verdicts, strict=True)
         ]
 
+    def drop(self, keep: Sequence[int]) -> None:
+        """Keep only these sequences."""
+        self._contexts = [self._contexts[i] for i in keep]
+        self._lm.drop(keep)
+
+
+class ChainProposer(LMProposer):
+    """Drafts with a Hugging Face causal LM, which has a cache of its own.
+
+    Args:
+        layer_parallel_size: Layers that read the same states while it drafts (`LayerParallelLM`); 1: none.
+    """
+
+    def __init__(
+        self, model: Any, *, listener: ForwardListener | None = None, layer_parallel_size: int = 1, **options: Any
+    ) -> None:
+        rows = int(model.get_output_embeddings().weight.shape[0])
+        lm = (
+            decoding_lm(model, listener=listener)
+            if layer_parallel_size == 1
+            else LayerParallelLM(model, layer_parallel_size, name="drafter", listener=listener)
+        )
+        super().__init__(lm, rows=rows, **options)
+        self._own_lm = lm
+
     def continue_from(self, texts: Sequence[Sequence[int]], drafted: Sequence[Proposal]) -> None:
         """Continue from texts that need not begin with the committed ones: the cache is kept as far as the tokens agree.
 
@@ -157,12 +214,7 @@ class ChainProposer:
             # The last token is read again: the next round drafts from its logits.
             agreeing.append(min(agreement(held, text), len(text) - 1))
             context.tokens[:] = text
-        self._lm.cut(agreeing)
-
-    def drop(self, keep: Sequence[int]) -> None:
-        """Keep only these sequences."""
-        self._contexts = [self._contexts[i] for i in keep]
-        self._lm.drop(keep)
+        self._own_lm.cut(agreeing)
 
 
 def agreement(first: Sequence[int], second: Sequence[int]) -> int:

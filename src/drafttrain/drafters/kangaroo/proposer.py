@@ -68,10 +68,10 @@ class KangarooProposer:
         self._unread: list[list[Tensor]] = []
         """By sequence, the states of committed tokens that the adapter has not read yet."""
 
-    def share(self, blocks: FirstBlocks) -> None:
+    def share(self, target: FirstBlocks) -> None:
         """Store the target's first blocks, split at the exit layer."""
-        blocks.split_at(self._exit_layer)
-        self._blocks = blocks
+        target.split_at(self._exit_layer)
+        self._blocks = target
 
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
         """Run the adapter over the prompts, on the states from the target's first blocks."""

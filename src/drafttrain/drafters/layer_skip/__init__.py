@@ -1,0 +1,1 @@
+"""Layer skipping: the target without some of its sublayers drafts for itself."""
