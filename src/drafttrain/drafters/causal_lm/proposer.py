@@ -16,8 +16,7 @@ from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
-from drafttrain.drafters.causal_lm.decoding import decoding_lm
-from drafttrain.drafters.causal_lm.layer_parallel import LayerParallelLM
+from drafttrain.drafters.causal_lm.layer_parallel import drafting_lm
 from drafttrain.drafters.chain_draft import ChainDraft
 from drafttrain.drafters.tree_draft import TreeDraft, Trees
 
@@ -46,11 +45,7 @@ class ChainProposer:
         only: Tensor | None = None,
         layer_parallel_size: int = 1,
     ) -> None:
-        self._lm = (
-            decoding_lm(model, listener=listener)
-            if layer_parallel_size == 1
-            else LayerParallelLM(model, layer_parallel_size, name="drafter", listener=listener)
-        )
+        self._lm = drafting_lm(model, layer_parallel_size=layer_parallel_size, listener=listener)
         rows = int(model.get_output_embeddings().weight.shape[0])
         vocabulary = DraftVocabulary(
             None, num_tokens=min(rows, target_vocab_size, num_tokens or target_vocab_size), only=only
