@@ -25,6 +25,7 @@ from drafttrain.eval.length.specinfer import SpecInferSettings
 from drafttrain.eval.length.tree import TreeSettings
 from drafttrain.eval.proposers import TrainingFree
 from drafttrain.eval.proposers.ngram import NgramSettings
+from drafttrain.eval.proposers.rapid import RapidSettings
 from drafttrain.eval.proposers.rasd import RasdSettings
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.target_model import Target
@@ -187,6 +188,8 @@ def test_a_proposer_that_uses_the_drafter_holds_its_weights() -> None:
     assert memory(fused).weight_bytes == memory(drafter).weight_bytes == memory(alone).weight_bytes + own
     assert memory(drafter).drawn
     assert memory(fused).drawn
+    assert memory(TrainingFree(RapidSettings(model="target"))).drawn
+    assert memory(TrainingFree(RasdSettings(drafter=RapidSettings(model="target")))).drawn
     # It draws no draft tokens, only the target's own.
     assert (memory(alone).drawn, memory(alone).sampled) == (False, True)
 

@@ -6,6 +6,7 @@ V = vocabulary
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +132,15 @@ def test_embeddings_pick_the_text_of_the_query_and_leave_out_what_is_far_from_it
     first = Embeddings(EmbeddingsSettings(str(encoder), min_similarity=-1), target).scores(ids, ids[0])
     assert first[0] == pytest.approx(1, abs=1e-5)
     assert first[1] != pytest.approx(cosines[1], abs=1e-4)
+
+
+def test_a_folder_that_is_no_encoder_is_refused_in_a_sentence(encoder, target, tmp_path):
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        Embeddings(EmbeddingsSettings(str(tmp_path)), target)
+    for path in encoder.glob("tokenizer*"):
+        shutil.copy(path, tmp_path)
+    with pytest.raises(CheckpointError, match="retriever embeddings: model: "):
+        Embeddings(EmbeddingsSettings(str(tmp_path)), target)
 
 
 def test_without_the_library_the_message_says_what_to_install(target, monkeypatch):

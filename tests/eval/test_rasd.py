@@ -25,7 +25,8 @@ from drafttrain.eval.engine import Engine
 from drafttrain.eval.length.tree import TreeLength, TreeSettings
 from drafttrain.eval.proposers import Surroundings, make, rasd
 from drafttrain.eval.proposers.ngram import Ngram, NgramSettings
-from drafttrain.eval.proposers.rasd import RasdSettings, fused
+from drafttrain.eval.proposers.rasd import Rasd, RasdSettings, fused
+from drafttrain.eval.proposers.superposed import Superposed
 from drafttrain.eval.proposers.token_recycling import TokenRecyclingSettings
 from drafttrain.eval.verification import walk
 from drafttrain.target_model import Target
@@ -257,3 +258,38 @@ def test_a_drafter_in_the_targets_first_blocks_is_refused():
     drafter = entry.component.create(entry.settings(exit_layer=1), target=target, tokenizer=target.tokenizer)
     with pytest.raises(CheckpointError, match="rasd: a drafter that runs the target's first blocks"):
         parts(RasdSettings(), target, drafter)
+
+
+@pytest.mark.parametrize(
+    ("retrieval", "problem"),
+    [
+        ("{kind: rapid}", "rapid keeps a cache"),
+        ("{kind: rasd}", "rasd keeps a cache"),
+        ("{kind: rasd, drafter: {kind: rapid}}", "rasd keeps a cache"),
+        ("{kind: rasd, drafter: {kind: token_recycling}}", None),
+        ("{kind: superposed}", None),
+    ],
+)
+def test_what_finds_its_nodes_by_their_numbers_is_not_retrieval(retrieval, problem):
+    overrides = [f"eval.beside=[{{kind: rasd, retrieval: {retrieval}}}]"]
+    if problem is None:
+        load_recipe("demo", overrides)
+        return
+    with pytest.raises(RecipeError, match=problem):
+        load_recipe("demo", overrides)
+
+
+def test_a_limit_of_either_part_is_that_of_both():
+    """Superposed drafts read a cache of their own, also where they are retrieval."""
+
+    class Windowed(Superposed):
+        def why_one_at_a_time(self, longest: int) -> str | None:
+            return "its window" if longest > 9 else None
+
+    target = small_target()
+    windowed = Windowed(target.model, num_tokens=8)
+    for parts_of_it in ((Ngram(), windowed), (windowed, Ngram()), (windowed, windowed)):
+        proposer = Rasd(*parts_of_it, RasdSettings(), widths=())
+        assert proposer.why_one_at_a_time(10) == "its window"
+        assert proposer.why_one_at_a_time(9) is None
+    assert Rasd(Ngram(), Ngram(), RasdSettings(), widths=()).why_one_at_a_time(10) is None

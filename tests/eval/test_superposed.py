@@ -20,13 +20,16 @@ from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import drafters
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.drafters.causal_lm.proposer import ChainProposer
+from drafttrain.eval.evaluate import choose_drafts
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.length.tree import TreeLength, TreeSettings
 from drafttrain.eval.proposers import Surroundings, make
 from drafttrain.eval.proposers.ngram_counts import NgramCounts, share_after
 from drafttrain.eval.proposers.superposed import Draft, Superposed, SuperposedSettings, Superposition
+from drafttrain.eval.settings import EvalSettings
 from drafttrain.target_model import Target
+from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import decode, greedy, noisy, small_target
 
 PROMPTS = [Prompt(str(i), [1 + i % 7, 2, 3 + i % 5, *([4, 1 + i % 7, 2] if i % 2 else [])]) for i in range(4)]
@@ -180,6 +183,20 @@ def test_a_round_calls_the_drafter_once_a_level_whatever_the_number_of_drafts(mo
         assert len(drafting) == one.max_depth
         assert drafting[1:] == [1] * (one.max_depth - 1) or not drafting
     assert max(one.num_draft_tokens for one in found.rounds) > 4, "several drafts"
+
+
+def test_it_drafts_with_layers_in_parallel_where_the_evaluation_does():
+    deep = Target(random_llama(num_layers=6).double(), byte_tokenizer(), name="tiny", fingerprint="")
+    drafter, accepted = CausalLMDrafter(deep.model), []
+    for size in (1, 4):
+        choose_drafts([drafter], EvalSettings(layer_parallel_size=size))
+        proposer = make(MILD, Surroundings(deep, drafter))
+        found = decode(deep, proposer, prompts=PROMPTS, policy=TREE, new=24, stop_tokens=())
+        assert [one.tokens for one in found] == [greedy(deep, prompt, 24) for prompt in PROMPTS]
+        accepted.append([part.num_accepted for one in found for part in one.rounds])
+        # An ordinary call drafts the first token, with the target's own weights.
+        assert all(one.num_accepted >= min(1, one.num_draft_tokens) for text in found for one in text.rounds)
+    assert accepted[0] != accepted[1]
 
 
 def test_scores_and_ends_by_hand():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,12 +146,31 @@ def test_a_special_token_behind_the_rows_is_a_note(place: Path, capsys: pytest.C
         (["data.sources.0.path=other.jsonl"], "data.sources.0: other.jsonl: no such file"),
         (["eval.prompts=other.jsonl"], "eval.prompts: other.jsonl: no such file"),
         (["target.tokenizer=./elsewhere"], "./elsewhere: no such folder"),
+        (
+            ["eval.beside=[{kind: rapid, retriever: {kind: embeddings, model: ./encoder}}]"],
+            "eval.beside: retriever embeddings: model: ./encoder: no such folder",
+        ),
+        (
+            ["eval.beside=[{kind: rasd, drafter: {kind: rapid, retriever: {kind: embeddings, model: .}}}]"],
+            "eval.beside: retriever embeddings: model: .: no ",
+        ),
     ],
 )
 def test_what_is_beyond_the_target(place: Path, overrides: list[str], words: str) -> None:
     without_weights(place / "target")
     (problem,) = problems(*overrides)
     assert words in problem
+
+
+def test_a_library_that_only_the_evaluation_needs_is_missed_before_the_training(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = "eval.beside=[{kind: rapid}]"
+    check_parts(load_recipe("r.yaml", [beside]))
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    assert problems(beside) == (
+        "eval.beside: retriever bm25 needs the library bm25s: pip install 'drafttrain[retrieval]', or use {kind: embeddings, model: FOLDER}",
+    )
 
 
 def test_a_start_with_too_few_rows_another_tokenizer_or_of_another_kind(place: Path, save_llama: SaveLlama) -> None:

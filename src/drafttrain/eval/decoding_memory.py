@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from drafttrain.core.generations import ForwardEvent
 from drafttrain.core.proposals import Budget
+from drafttrain.core.registry import components_of
 from drafttrain.core.texts import Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.proposers import TrainingFree
@@ -62,7 +63,7 @@ class DecodingMemory:
             vocab_size=target.vocab_size,
             element_bytes=target.model.dtype.itemsize,
             sampled=sampling.temperature > 0,
-            drawn=sampling.temperature > 0 and getattr(drafter, "draft", "greedy") != "greedy",
+            drawn=sampling.temperature > 0 and _draws(source, drafter),
             chain_in_tree=isinstance(source, TrainingFree) and getattr(source.settings, "chain", False),
         )
 
@@ -149,6 +150,13 @@ class DecodingMemory:
         """Return the rows of the drafter's logits that exist at once: those of the last call, and of the call before it."""
         widest = draft.width**2 if draft.depth > 1 else draft.width
         return 2 * draft.width + widest
+
+
+def _draws(source: Drafter | TrainingFree, drafter: Drafter | None) -> bool:
+    """Return whether draft tokens are drawn at temperature > 0: by the drafter, or by a target that drafts for itself."""
+    parts = components_of(source.settings) if isinstance(source, TrainingFree) else ()
+    own = any(getattr(one, "model", None) == "target" for one in parts)
+    return own or getattr(drafter, "draft", "greedy") != "greedy"
 
 
 def _with_nodes(draft: Budget, nodes: int) -> Budget:

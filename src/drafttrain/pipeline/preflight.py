@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DataError, RecipeError
 from drafttrain.core.foreign import check_folder, read_json
+from drafttrain.core.registry import components_of
 from drafttrain.data_gen.sources import Versioned, sources
 from drafttrain.data_gen.sources.generated import Generated
 from drafttrain.drafters.causal_lm.layer_parallel import class_problem, layer_problem
 from drafttrain.drafters.draft_vocabulary import padding_problems
 from drafttrain.eval.prompts import BUILTIN, Prompts, files_of, prompt_file, read_prompts
+from drafttrain.eval.retrieval.bm25 import NOT_INSTALLED
 from drafttrain.export import exporters
 from drafttrain.export.layout import text_config
 from drafttrain.pipeline.model_parts import ModelParts, NotHere, target_parts
@@ -73,6 +76,7 @@ def problems_of(recipe: Recipe, *, fetch: bool = True, data: bool = True) -> Ite
     if recipe.head is not None:
         drafter = ModelParts("head.drafter", recipe.head.drafter, fetch=fetch)
         yield from _problems_under(drafter.key, lambda: _same_tokenizer(drafter, target))
+    yield from _of_retrievers(recipe, fetch=fetch)
     if data:
         yield from _of_texts(recipe)
 
@@ -334,6 +338,16 @@ def _same_tokenizer(drafter: ModelParts, target: ModelParts) -> Iterator[str]:
     ids = target.num_ids if alone else min(target.num_ids, target.num_rows)
     if isinstance(rows, int) and rows < ids:
         yield f"{drafter.name} has {rows} embedding rows, but the target's tokenizer has {ids} tokens: the last ones have no row"
+
+
+def _of_retrievers(recipe: Recipe, *, fetch: bool) -> Iterator[str]:
+    """Yield what a retriever of the evaluation needs and is not installed, or cannot be read."""
+    for one in components_of(recipe.eval.beside):
+        if one.kind == "bm25" and find_spec("bm25s") is None:
+            yield f"eval.beside: {NOT_INSTALLED}"
+        if one.kind == "embeddings":
+            encoder = ModelParts("eval.beside: retriever embeddings: model", one.model, fetch=fetch)
+            yield from _problems_under(encoder.key, partial(_reads_tokenizer, encoder))
 
 
 def _of_texts(recipe: Recipe) -> Iterator[str]:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.roles import ForwardListener
-from drafttrain.drafters.causal_lm.decoding import PLAIN_MODELS, DecodingLayer, DecodingLM, is_plain
+from drafttrain.drafters.causal_lm.decoding import PLAIN_MODELS, DecodingLayer, DecodingLM, decoding_lm, is_plain
+from drafttrain.target_model.cached_lm import CachedLM
 from drafttrain.target_model.ragged_cache import Tree
 
 FEWEST_LAYERS = 4
@@ -73,6 +74,15 @@ class LayerParallelLM(DecodingLM):
 
     def _groups(self) -> list[list[DecodingLayer]]:
         return super()._groups() if self._exact is None else self._drafting
+
+
+def drafting_lm(
+    model: Any, *, layer_parallel_size: int = 1, listener: ForwardListener | None = None
+) -> DecodingLM | CachedLM:
+    """Return a drafter's language model as it drafts: with layers in parallel if their number is above 1."""
+    if layer_parallel_size == 1:
+        return decoding_lm(model, listener=listener)
+    return LayerParallelLM(model, layer_parallel_size, name="drafter", listener=listener)
 
 
 def check_layer_parallel(model: Any) -> None:

@@ -16,8 +16,7 @@ from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
-from drafttrain.drafters.causal_lm.decoding import decoding_lm
-from drafttrain.drafters.causal_lm.layer_parallel import LayerParallelLM
+from drafttrain.drafters.causal_lm.layer_parallel import drafting_lm
 from drafttrain.drafters.chain_draft import ChainDraft
 from drafttrain.drafters.tree_draft import TreeDraft, Trees
 from drafttrain.target_model.ragged_cache import Tree
@@ -190,11 +189,7 @@ class ChainProposer(LMProposer):
         self, model: Any, *, listener: ForwardListener | None = None, layer_parallel_size: int = 1, **options: Any
     ) -> None:
         rows = int(model.get_output_embeddings().weight.shape[0])
-        lm = (
-            decoding_lm(model, listener=listener)
-            if layer_parallel_size == 1
-            else LayerParallelLM(model, layer_parallel_size, name="drafter", listener=listener)
-        )
+        lm = drafting_lm(model, layer_parallel_size=layer_parallel_size, listener=listener)
         super().__init__(lm, rows=rows, **options)
         self._own_lm = lm
 

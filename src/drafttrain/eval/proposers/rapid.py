@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -37,6 +37,8 @@ class RapidSettings:
     model: Literal["drafter", "target"] = setting(
         "drafter", help="What drafts: the drafter that is evaluated, or the target itself, after the shorter text."
     )
+
+    nodes_come_first: ClassVar[bool] = True
 
     @property
     def reads_drafter(self) -> bool:

@@ -51,6 +51,20 @@ class RasdSettings:
         parts = (self.drafter, self.retrieval)
         return self.drafter is None or any(getattr(one, "reads_drafter", False) for one in parts)
 
+    @property
+    def nodes_come_first(self) -> bool:
+        """One of its parts finds its own nodes in a verdict by their numbers."""
+        return self.drafter is None or getattr(self.drafter, "nodes_come_first", False)
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        if not getattr(self.retrieval, "nodes_come_first", False):
+            return []
+        return [
+            f"retrieval: {self.retrieval.kind} keeps a cache by the numbers of its nodes, and retrieved nodes come after the drafter's: "
+            "make it `drafter`, or retrieve with another kind"
+        ]
+
 
 def fused(model: Proposal, retrieved: Proposal, budget: Budget, *, may_begin: Callable[[int], bool]) -> Proposal:
     """Return a proposal with the nodes of the drafter, then those of the retrieved tree that it lacks.
@@ -138,7 +152,8 @@ class Rasd:
 
     def why_one_at_a_time(self, longest: int) -> str | None:
         """Return why sequences of up to `longest` tokens must be drafted one at a time; None: they can be batched."""
-        return self._model.why_one_at_a_time(longest) if isinstance(self._model, DraftsWithOwnCache) else None
+        parts = [part for part in (self._model, self._retrieval) if isinstance(part, DraftsWithOwnCache)]
+        return next((why for part in parts if (why := part.why_one_at_a_time(longest))), None)
 
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
         """Start both parts."""

@@ -18,7 +18,7 @@ from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
-from drafttrain.drafters.causal_lm.decoding import decoding_lm
+from drafttrain.drafters.causal_lm.layer_parallel import drafting_lm
 from drafttrain.eval.proposers import Surroundings, proposers
 from drafttrain.eval.proposers.language_model import language_model_of
 from drafttrain.eval.proposers.ngram_counts import CorpusSettings, NgramCounts, share_after
@@ -163,9 +163,10 @@ class Superposed:
         ends: Collection[int] = (),
         corpus: Sequence[int] = (),
         listener: ForwardListener | None = None,
+        layer_parallel_size: int = 1,
     ) -> None:
         self.settings = settings or SuperposedSettings()
-        self._lm = decoding_lm(model, listener=listener)
+        self._lm = drafting_lm(model, layer_parallel_size=layer_parallel_size, listener=listener)
         self._embedding = model.get_input_embeddings()
         self._num_tokens = num_tokens
         self._ends = frozenset(ends)
@@ -181,14 +182,15 @@ class Superposed:
     @classmethod
     def create(cls, settings: SuperposedSettings, surroundings: Surroundings) -> Proposer:
         """Return the proposer of these settings."""
-        target = surroundings.target
+        target, drafter = surroundings.target, surroundings.drafter
         return cls(
-            language_model_of(surroundings.drafter, "superposed"),
+            language_model_of(drafter, "superposed"),
             settings,
             num_tokens=target.num_tokens,
             ends=target.eos_token_ids,
             corpus=settings.corpus_tokens(target.tokenizer),
             listener=surroundings.listener,
+            layer_parallel_size=1 if drafter is None else drafter.layer_parallel_size,
         )
 
     def why_one_at_a_time(self, longest: int) -> str | None:

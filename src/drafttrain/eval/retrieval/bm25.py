@@ -12,6 +12,8 @@ from drafttrain.core.settings import setting
 from drafttrain.eval.retrieval import retrievers
 from drafttrain.target_model import Target
 
+NOT_INSTALLED = "retriever bm25 needs the library bm25s: pip install 'drafttrain[retrieval]', or use {kind: embeddings, model: FOLDER}"
+
 
 @dataclass
 class Bm25Settings:
@@ -36,9 +38,7 @@ class Bm25:
         try:
             self._library = importlib.import_module("bm25s")
         except ImportError as error:
-            raise CheckpointError(
-                "retriever bm25 needs the library bm25s: pip install 'drafttrain[retrieval]', or use {kind: embeddings, model: FOLDER}"
-            ) from error
+            raise CheckpointError(NOT_INSTALLED) from error
 
     def scores(self, chunks: Sequence[Sequence[int]], query: Sequence[int]) -> list[float]:
         """Return the score of each chunk; -inf: it shares no token with the query."""

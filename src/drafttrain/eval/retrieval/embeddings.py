@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from drafttrain.core.errors import CheckpointError
 from drafttrain.core.settings import setting
 from drafttrain.eval.retrieval import retrievers
 from drafttrain.target_model import Target
+from drafttrain.target_model.folder_checks import in_one_line
 from drafttrain.target_model.folders import resolve_folder
+from drafttrain.target_model.tokenizer import load_tokenizer
 
 BATCH = 32
 """Texts that are encoded together."""
@@ -38,16 +41,23 @@ class EmbeddingsSettings:
 
 @retrievers.register("embeddings", EmbeddingsSettings)
 class Embeddings:
-    """Cosines of the encoder's states: of its first token or their mean, as its folder says in 1_Pooling/config.json."""
+    """Cosines of the encoder's states: of its first token or their mean, as its folder says in 1_Pooling/config.json.
+
+    Raises:
+        CheckpointError: The folder is not that of an encoder.
+    """
 
     def __init__(self, settings: EmbeddingsSettings, target: Target) -> None:
-        from transformers import AutoModel, AutoTokenizer  # slow to import
+        from transformers import AutoModel  # slow to import
 
         folder = resolve_folder(settings.model)
         self._least = settings.min_similarity
         self._text = target.tokenizer
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._model = AutoModel.from_pretrained(folder).eval().to(target.device)
+        self._tokenizer = load_tokenizer(folder)
+        try:
+            self._model = AutoModel.from_pretrained(folder).eval().to(target.device)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"retriever embeddings: model: {folder}: {in_one_line(error)}") from error
         self._first_only = _reads_first_only(folder)
 
     def scores(self, chunks: Sequence[Sequence[int]], query: Sequence[int]) -> list[float]:
