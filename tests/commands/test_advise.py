@@ -78,12 +78,14 @@ def read_result_in(page: str) -> list[str]:
 
 def test_a_report_shows_the_advice_of_its_own_evaluation_only(save_llama: Callable[..., Path], tmp_path: Path) -> None:
     folder = save_llama()
-    named = shutil.copytree(folder, tmp_path / "drafter")
+    named = shutil.copytree(folder, tmp_path / "Drafter")
     evaluate_drafter(str(named), str(folder), [*SMALL, "eval.length.num_draft_tokens=2"])
     heading = "Predicted speed-up by batch"
     assert heading not in (named / "report.html").read_text()
-    advise(question(str(named), str(folder), batches=[1]))
-    assert heading in (named / "report.html").read_text()
+    found = advise(question(str(named), str(folder), batches=[1]))
+    assert heading in (page := (named / "report.html").read_text())
+    assert f"{named} drafts for {folder}" in page, "names as they are written"
+    assert advised.heading(found) in page
     # A later evaluation: the advice is not from it.
     result = read_result(named / "eval.json")
     later = replace(result, provenance=replace(result.provenance, date="2026-01-02T03:04:05+00:00"))

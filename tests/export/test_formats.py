@@ -49,6 +49,19 @@ def test_a_block_drafter_of_a_target_that_scales_its_embedding_is_refused_for_vl
     export_as(name, folder, tmp_path / "plain", target_config=target_config)
 
 
+@pytest.mark.parametrize(("kind", "scales"), [("qwen2_5_vl_text", False), ("gemma3_text", True), ("of_nobody", False)])
+def test_the_language_model_of_a_multimodal_target_may_have_no_class_with_a_head(kind, scales):
+    sizes = {
+        "num_hidden_layers": 1,
+        "vocab_size": 257,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 2,
+    }
+    text = {"model_type": kind, **sizes, "num_key_value_heads": 2}
+    assert scales_embedding({"model_type": "whole", "text_config": text}) == scales
+
+
 @pytest.mark.parametrize(
     "settings",
     [{}, {"draft_vocab_size": None}, {"norm_before_residual": True, "fc_norm": True}, {"norm_before_fc": True}],

@@ -38,12 +38,13 @@ def scales_embedding(target_config: Mapping[str, Any]) -> bool:
     Args:
         target_config: config.json of the target. Models that transformers does not know count as plain.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers import AutoConfig, AutoModel
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     fields = dict(text_config(target_config))
-    if (kind := fields.pop("model_type", None)) not in CONFIG_MAPPING:
+    # Without its head: language models inside multimodal ones may have no class with one.
+    if (kind := fields.pop("model_type", None)) not in MODEL_MAPPING_NAMES:
         return False
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
+        model = AutoModel.from_config(AutoConfig.for_model(kind, **fields))
     return type(model.get_input_embeddings()).forward is not nn.Embedding.forward

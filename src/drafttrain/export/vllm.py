@@ -108,7 +108,7 @@ def embedding_problems(files: DrafterFiles, target_config: Mapping[str, Any]) ->
         return []
     return [
         f"the target ({text_config(target_config)['model_type']}) multiplies its embeddings by a factor, and vLLM {VLLM_RELEASE} "
-        "gives DFlash the plain rows: its drafts would be wrong. SGLang, transformers and z-lab's code read them as the target does"
+        "gives DFlash the plain rows: its drafts would be wrong. transformers and z-lab's code read them as the target does"
     ]
 
 
