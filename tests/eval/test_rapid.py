@@ -24,6 +24,7 @@ from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import drafters
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.eval.acceptance.mixed_target import MixedTarget, MixedTargetSettings
+from drafttrain.eval.evaluate import choose_draft
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.length.tree import TreeLength, TreeSettings
@@ -31,6 +32,7 @@ from drafttrain.eval.proposers import Surroundings, make
 from drafttrain.eval.proposers.rapid import Rapid, RapidSettings, shortened
 from drafttrain.eval.retrieval.bm25 import Bm25, Bm25Settings
 from drafttrain.eval.retrieval.embeddings import Embeddings, EmbeddingsSettings
+from drafttrain.eval.settings import EvalSettings
 from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer
 from tests.eval.decoding import chi_square, decode, greedy, noisy, small_target
@@ -338,6 +340,10 @@ def test_a_drafter_that_reads_the_targets_states_or_draws_nothing_is_refused(tar
     load_recipe("tiny_eagle", ["eval.beside=[{kind: rapid, model: target}]"])
     with pytest.raises(RecipeError, match=r"eval\.rule: mixed_target .* drafter\.draft greedy draws none"):
         load_recipe("demo", ["eval.rule={kind: mixed_target}", "eval.temperatures=[1]", "drafter.draft=greedy"])
+    settings = EvalSettings(rule=MixedTargetSettings(), temperatures=[1.0])
+    assert choose_draft(CausalLMDrafter(target.model), settings)
+    with pytest.raises(CheckpointError, match="this drafter's draft: greedy draws none"):
+        choose_draft(CausalLMDrafter(target.model, draft="greedy"), settings)
     entry = drafters.entry("eagle")
     drafter = entry.component.create(entry.settings(), target=target, tokenizer=target.tokenizer)
     with pytest.raises(CheckpointError, match=r"rapid: needs a drafter with a language model .* eagle has none"):

@@ -264,6 +264,7 @@ def test_a_drafter_in_the_targets_first_blocks_is_refused():
     ("retrieval", "problem"),
     [
         ("{kind: rapid}", "rapid keeps a cache"),
+        ("{kind: swift}", "swift keeps a cache"),
         ("{kind: rasd}", "rasd keeps a cache"),
         ("{kind: rasd, drafter: {kind: rapid}}", "rasd keeps a cache"),
         ("{kind: rasd, drafter: {kind: token_recycling}}", None),

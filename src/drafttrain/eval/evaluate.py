@@ -18,6 +18,7 @@ from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
+from drafttrain.eval.acceptance.mixed_target import MixedTargetSettings
 from drafttrain.eval.arms import Arm, Source, decode, faster_baseline
 from drafttrain.eval.figures import compare, drafter_figures, plain_figures, prompt_counts, relative_speed
 from drafttrain.eval.proposers import TrainingFree, is_warm
@@ -109,8 +110,13 @@ def choose_draft(drafter: Drafter, settings: EvalSettings) -> bool:
     Strings need a tokenizer of the drafter's own: one without drafts the target's tokens.
 
     Raises:
-        CheckpointError: It has no layers that can run in parallel, and the settings need it.
+        CheckpointError: It has no layers that can run in parallel, or draws nothing, and the settings need it.
     """
+    if isinstance(settings.rule, MixedTargetSettings) and drafter.draft == "greedy":
+        raise CheckpointError(
+            "eval.rule: mixed_target moves the target towards the distribution that a chain is drawn from, and this drafter's "
+            "draft: greedy draws none. Use rule: {kind: lossless}"
+        )
     if settings.layer_parallel_size > 1:
         drafter.run_layers_parallel(settings.layer_parallel_size)
     return settings.across_tokenizers != "strings" or drafter.draft_strings()

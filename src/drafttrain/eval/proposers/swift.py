@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.proposals import Context, Verdict
@@ -22,6 +22,8 @@ from drafttrain.target_model.sublayers import Skipped, Sublayers
 @dataclass
 class SwiftSettings(SearchSettings):
     """The target without sublayers that are searched while it writes."""
+
+    nodes_come_first: ClassVar[bool] = True
 
     start: Literal["even", "drafter"] = setting(
         "even",
