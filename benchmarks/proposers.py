@@ -48,6 +48,7 @@ from drafttrain.eval.proposers.none import PLAIN
 from drafttrain.eval.proposers.rapid import RapidSettings
 from drafttrain.eval.proposers.rasd import RasdSettings
 from drafttrain.eval.proposers.superposed import SuperposedSettings
+from drafttrain.eval.proposers.swift import SwiftSettings
 from drafttrain.eval.proposers.token_recycling import TokenRecyclingSettings
 from drafttrain.eval.settings import EvalSettings, length_label
 from drafttrain.eval.statistics import ratio_interval, ratio_of_ratios
@@ -105,6 +106,7 @@ def ways(drafter: Drafter | None) -> list[Way]:
         (LookaheadSettings(), WINDOW),
         (RasdSettings(drafter=TokenRecyclingSettings()), WIDE),
         (replace(HALF, model="target"), CHAIN),
+        (SwiftSettings(), CHAIN),
     ]
     found = [Way(TrainingFree(one), name_of(one), length) for one, length in free]
     if drafter is not None:
