@@ -77,7 +77,11 @@ def test_every_bundled_recipe_passes_its_check():
 @pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_every_bundled_recipe_trains_under_any_stage_but_that_of_online_learning(stage):
     draws = [str(recipe.path) for recipe in bundled_recipes() if "on_policy:" in recipe.path.read_text()]
+    searched = [str(recipe.path) for recipe in bundled_recipes() if "kind: layer_skip" in recipe.path.read_text()]
     paths = [str(recipe.path) for recipe in bundled_recipes() if recipe.name != "online"]
+    paths = [path for path in paths if path not in searched]
+    _, stderr = call("recipe", "check", *searched, f"train.deepspeed.stage={stage}", code=2)
+    assert stderr.count("has no weights to train") == len(searched) > 0
     if stage == 3:
         paths = [path for path in paths if path not in draws]
         _, stderr = call("recipe", "check", *draws, "train.devices=2", "train.deepspeed.stage=3", code=2)

@@ -89,7 +89,9 @@ def test_the_cache_is_cut_where_the_tokens_of_the_text_change(monkeypatch, kind)
         with monkeypatch.context() as patch:
             patch.setattr(proposers, "agreement", agreeing)
             patch.setattr(
-                proposers, "decoding_lm", lambda model, listener: kind(model, name="drafter", listener=listener)
+                proposers,
+                "drafting_lm",
+                lambda model, listener, layer_parallel_size: kind(model, name="drafter", listener=listener),
             )
             proposer, found = joining_drafter().proposer(target), []
             propose = proposer.propose

@@ -49,7 +49,7 @@ def run(tmp_path: Path, save_llama: Callable[..., Path], monkeypatch: pytest.Mon
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, asked)))
     (tmp_path / "validation.jsonl").write_text(json.dumps({"text": "something else"}))
     (tmp_path / "r.yaml").write_text(RECIPE)
-    return DrafterRun(load_recipe("r.yaml"), tmp_path / "run", quiet=True)
+    return DrafterRun(load_recipe("r.yaml"), tmp_path / "run")
 
 
 def test_a_conversation_is_left_out_where_any_of_its_questions_is_in_the_training_text(run: DrafterRun) -> None:

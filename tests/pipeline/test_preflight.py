@@ -200,7 +200,7 @@ def test_a_start_whose_vocabulary_has_padding_of_the_target_is_refused(
     shutil.rmtree(place / "target")
     shutil.copytree(save_llama(num_layers=3, vocab_size=264), place / "target")
     made = load_recipe("r.yaml", [f"drafter={{kind: {kind}, draft_vocab_size: 20}}"])
-    DrafterRun(made, place / "run", quiet=True).write_start()
+    DrafterRun(made, place / "run").write_start()
     start = f"drafter={{kind: {kind}, checkpoint: run/start}}"
     check_parts(load_recipe("r.yaml", [start]))
     path = place / "run" / "start" / "model.safetensors"

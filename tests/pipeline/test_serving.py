@@ -113,7 +113,8 @@ def test_an_engine_that_cannot_run_the_kind_is_refused_before_anything_is_done(m
     check_engines(ExportSettings(to=["vllm"], verify=["transformers"]), "causal_lm", where=tmp_path)
 
 
-EIGHT_BILLION = [recipe.path for recipe in bundled_recipes() if "8b" in recipe.name]
+# Layer skipping is searched on 64 texts, which the target writes itself.
+EIGHT_BILLION = [recipe.path for recipe in bundled_recipes() if "8b" in recipe.name and "layer_skip" not in recipe.name]
 
 
 @pytest.mark.parametrize("path", EIGHT_BILLION, ids=lambda path: path.stem)
