@@ -159,8 +159,6 @@ class Recipe:
                 )
             if getattr(one, "reads_language_model", False) and not reads_text:
                 yield f"eval.beside: {one.kind} reads text with the drafter's own language model: it needs drafter.kind causal_lm without drafter.tokenizer, got {kind}"
-        if getattr(self.eval.rule, "kind", "") == "mixed_target" and getattr(self.drafter, "draft", "") == "greedy":
-            yield "eval.rule: mixed_target moves the target towards the distribution that a chain is drawn from, and drafter.draft greedy draws none"
 
     def _exports(self) -> Iterator[str]:
         """Yield the formats and engines that do not support what this recipe trains."""

@@ -18,7 +18,7 @@ from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
-from drafttrain.eval.acceptance.mixed_target import MixedTargetSettings
+from drafttrain.eval.acceptance.mixed_target import NEEDS_DRAWN_CHAINS, MixedTargetSettings
 from drafttrain.eval.arms import Arm, Source, decode, faster_baseline
 from drafttrain.eval.figures import compare, drafter_figures, plain_figures, prompt_counts, relative_speed
 from drafttrain.eval.proposers import TrainingFree, is_warm
@@ -114,8 +114,7 @@ def choose_draft(drafter: Drafter, settings: EvalSettings) -> bool:
     """
     if isinstance(settings.rule, MixedTargetSettings) and drafter.draft == "greedy":
         raise CheckpointError(
-            "eval.rule: mixed_target moves the target towards the distribution that a chain is drawn from, and this drafter's "
-            "draft: greedy draws none. Use rule: {kind: lossless}"
+            f"eval.rule: {NEEDS_DRAWN_CHAINS}, and this drafter's draft: greedy draws none. Use rule: {{kind: lossless}}"
         )
     if settings.layer_parallel_size > 1:
         drafter.run_layers_parallel(settings.layer_parallel_size)

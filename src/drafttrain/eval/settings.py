@@ -9,7 +9,7 @@ from drafttrain.data_gen.checkers import checkers
 from drafttrain.drafters.causal_lm.layer_parallel import layer_problem
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
-from drafttrain.eval.acceptance.mixed_target import MixedTargetSettings
+from drafttrain.eval.acceptance.mixed_target import NEEDS_DRAWN_CHAINS, MixedTargetSettings
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.pipelined import PIPELINED, SERIAL, Schedule
@@ -139,6 +139,8 @@ class EvalSettings:
                 f"eval.schedule: pipelined needs a drafter.kind causal_lm that reads the target's tokens, got {kind}"
                 f"{' with a tokenizer of its own' if own_tokenizer else ''}: use serial"
             )
+        if isinstance(self.rule, MixedTargetSettings) and getattr(drafter, "draft", "") == "greedy":
+            problems.append(f"eval.rule: {NEEDS_DRAWN_CHAINS}, and drafter.draft greedy draws none")
         if self.layer_parallel_size > 1 and kind is not None:
             key = f"eval.layer_parallel_size: {self.layer_parallel_size}"
             if kind != "causal_lm":
@@ -151,7 +153,7 @@ class EvalSettings:
 
     def _without_drafts_to_move_to(self) -> list[str]:
         """Return what leaves the mixed target nothing to move towards: draft tokens that are not drawn from a distribution."""
-        why = "rule: mixed_target moves the target towards the distribution that a chain is drawn from"
+        why = f"rule: {NEEDS_DRAWN_CHAINS}"
         problems = [f"{why}: leave 0 out of temperatures"] if 0 in self.temperatures else []
         trees = [length_label(length) for _, length in self.lengths() if getattr(length, "most_children", 1) > 1]
         problems += [f"{why}, and {one} is a tree: use kind fixed or confidence" for one in trees]

@@ -18,6 +18,8 @@ from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.verification import RandomDecisions, walk
 
+NEEDS_DRAWN_CHAINS = "mixed_target moves the target towards the distribution that a chain is drawn from"
+
 
 @dataclass
 class MixedTargetSettings:
