@@ -20,6 +20,10 @@ EMBEDDED_TEXT = ["eval.prompts=builtin:test", "eval.validation_prompts=builtin:v
 """Prompts for a target without a chat template."""
 
 
+IN_CI = {"online", "direct_alignment", "tiny_distillspec_sampled", "tiny_acceptance"}
+"""Longer ones, whose parts have tests of their own."""
+
+
 def smoked(name: str) -> object:
     """The whole path of recipes whose kind, or whose kind of block, a tiny one smokes is left to the long tests."""
     long = (
@@ -40,7 +44,8 @@ def smoked(name: str) -> object:
             "tiny_distillspec_greedy",
         }
     )
-    return pytest.param(name, marks=[pytest.mark.slow] if long else [])
+    marks = [pytest.mark.slow] if long else [pytest.mark.long] if name in IN_CI else []
+    return pytest.param(name, marks=marks)
 
 
 @pytest.mark.usefixtures("evaluated_here")
