@@ -7,7 +7,7 @@ INSTALLED = $(VENV)/.installed
 unexport PYTHONDONTWRITEBYTECODE
 QUICK = tests/test_architecture.py tests/config/test_load.py tests/losses tests/eval
 
-.PHONY: demo demo-chat quick test docs words test-processes test-cuda test-full headers test-serving test-serving-kinds gpu-check check format install clean
+.PHONY: demo demo-chat quick test docs words test-long test-processes test-cuda test-full headers test-serving test-serving-kinds gpu-check check format install clean
 
 demo: $(INSTALLED)
 	$(BIN)/drafttrain fit recipes/demo.yaml
@@ -25,6 +25,10 @@ quick: $(INSTALLED)
 # Each process takes a half of the files in order, then of what the other has left: what a file shares is made once.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n 2 --dist worksteal
+
+# Thousands of draws, several trainings in a row, imports of other processes: what CI runs beside `make test`.
+test-long: $(INSTALLED)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n 2 --dist worksteal -m long
 
 test-processes: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "processes or multi_host" -rs --durations=15

@@ -1,4 +1,4 @@
-"""Parameters of a matrix that only the long tests try."""
+"""Parameters of a matrix that the default tests leave to others."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ import pytest
 def slow(*values: Any) -> Any:
     """Return one set of parameters, left to `make test-full`."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def long(*values: Any) -> Any:
+    """Return one set of parameters, left to `make test-long`, which CI runs."""
+    return pytest.param(*values, marks=pytest.mark.long)
 
 
 def only(chosen: Iterable[str], names: Iterable[str]) -> list[Any]:

@@ -53,6 +53,7 @@ def test_two_drafters_are_compared(example):
     assert stdout.count("  B  ") >= 2
 
 
+@pytest.mark.long
 def test_a_loss_of_the_script_trains_a_drafter_that_is_exported(example, tmp_path):
     stdout = example.run("train_with_own_loss.py", "--smoke", "--folder", "run")
     assert "exported: run/drafter" in stdout

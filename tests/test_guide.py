@@ -51,6 +51,7 @@ def run(line: str) -> None:
         assert result.exit_code == 0, (line, result.output, result.exception)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("evaluated_here")
 def test_the_page_builds_a_drafter_that_trains_decodes_and_is_exported(folder: Path):
     for line in BLOCKS["commands"].splitlines():

@@ -31,6 +31,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built / "installed"
 
 
+@pytest.mark.long
 def test_a_wheel_brings_the_recipes(installed: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import drafttrain\n"

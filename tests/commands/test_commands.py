@@ -190,6 +190,7 @@ def test_a_trained_run_is_judged_evaluated_and_exported_anew_without_being_train
         evaluate_recipe(load_recipe(recipe, ["train.lr=1e-5"]), folder)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("evaluated_here")
 def test_another_step_that_was_kept_can_be_exported(recipe, tmp_path):
     quick = ["eval.temperatures=[0]", "eval.speed_prompts=0", "train.keep_best=2"]
@@ -303,6 +304,7 @@ def test_a_run_folder_with_another_name_is_another_run(recipe, tmp_path):
     assert recipe_and_run_folder(str(tmp_path / "tiny"), ["name=other"], **at)[1] == tmp_path / "runs" / "other"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kill", [pytest.param(signal.SIGKILL, marks=pytest.mark.processes), signal.SIGTERM])
 def test_a_killed_training_continues_bit_for_bit(recipe, tmp_path, kill, monkeypatch):
     """SIGKILL between two checkpoints, SIGTERM (exit code 75): the same command again gives the uninterrupted curve and weights.
@@ -376,6 +378,7 @@ def test_pretraining_comes_first_reads_plain_text_only_and_its_end_is_the_start(
             load_recipe(recipe, [*wanted, generated, f"data.sources=[{{kind: generated}}{unread}]"])
 
 
+@pytest.mark.long
 def test_compare_recipes_and_export_need_neither_lightning_nor_deepspeed(finished):
     out = finished.parent / "compared"
     few = ["eval.num_prompts=2", "eval.max_new_tokens=4", "eval.speed_prompts=0"]

@@ -244,6 +244,7 @@ def test_one_best_rate_at_the_edge_of_the_grid_is_reported(tmp_path, best, figur
     assert notes == ([f"lr={best} is best and the {edge} of the grid: a better one may lie beyond it"] if edge else [])
 
 
+@pytest.mark.long
 def test_finished_runs_are_skipped_and_a_changed_grid_adds_arms(tmp_path):
     first = Finisher(failing={"lr-1e-3_loss-tvdpp_seed-0": Interrupted("stopped")})
     with pytest.raises(Interrupted):

@@ -103,6 +103,7 @@ def loads_or_says_why(text: str, given_overrides: list[str]) -> None:
 CASES = given(changed_recipes(), st.lists(overrides(), max_size=2))
 
 
+@pytest.mark.long
 @settings(max_examples=200)
 @CASES
 def test_any_recipe_is_loaded_or_refused_in_sentences(text: str, given_overrides: list[str]) -> None:

@@ -83,6 +83,7 @@ def test_no_process_waits_long_for_another() -> None:
     assert sum(control) / 50 > 1.4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", [recipe.path for recipe in bundled_recipes()], ids=lambda path: path.stem)
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_a_bundled_recipe_is_divided_among_any_number_of_devices(

@@ -99,6 +99,7 @@ def test_answers_of_the_drafter_do_not_depend_on_the_number_of_processes(recipe:
     assert all("drawn_share" in names for names in columns)
 
 
+@pytest.mark.long
 def test_a_refusal_takes_seconds_and_is_not_retried(recipe: Path, tmp_path: Path) -> None:
     layout = ("train.devices=2", "train.max_restarts=2")
     done = command("fit", recipe, "--runs", tmp_path, *layout, "train.batch_size=0")
@@ -149,6 +150,7 @@ def test_an_unfinished_training_is_exported_from_its_checkpoint(recipe: Path, tm
         export_run(loaded, tmp_path / "empty")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("evaluated_here")
 def test_a_checkpoint_of_adapters_does_not_contain_the_target(tiny_folder: Path, recipe: Path, tmp_path: Path) -> None:
     text = recipe.read_text().replace(

@@ -528,12 +528,14 @@ def small() -> Target:
 STOP = Confidence(ConfidenceSettings(threshold=0.235, min_tokens=0, max_tokens=2))
 
 
+@pytest.mark.long
 def test_with_a_draft_vocabulary_the_output_has_the_targets_distribution(small):
     proposer = with_vocabulary(small, 4, noise=0.1).proposer(small)
     policy = FixedLength(FixedLengthSettings(2))
     assert chi_square(small.model, proposer, 1.0, policy=policy, samples=1000) > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("draft", ["sampled", "greedy"])
 def test_the_output_has_the_targets_distribution_when_drafting_stops_early(small, draft):
     proposer = made(small, noise=0.1, draft=draft).proposer(small)
@@ -550,6 +552,7 @@ def test_the_output_has_the_targets_distribution_when_drafting_stops_early(small
     assert lengths == {0, 1, 2}, "the rule must have stopped at every length"
 
 
+@pytest.mark.long
 def test_control_a_stop_that_depends_on_the_drawn_token_changes_the_distribution(small):
     """It drops a drawn token by its value, which the verifier does not know."""
     proposer = made(small, noise=0.1).proposer(small)

@@ -198,6 +198,7 @@ def test_the_loss_of_head_k_has_weight_decay_to_the_k(target: Target):
 # ---------------------------------------------------------------- training rows, proposals and the loop agree
 
 
+@pytest.mark.long
 def test_a_proposal_comes_from_the_training_row_before_its_root(target: Target, trained: Medusa):
     (text,) = texts_of(target, 1, seed=5)
     batch = batch_of([text])
@@ -214,6 +215,7 @@ def test_a_proposal_comes_from_the_training_row_before_its_root(target: Target, 
         assert (found.num_accepted, found.num_draft_tokens) == (right, 3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_replay_agrees_with_the_loop(target: Target, trained: Medusa, temperature: float):
     prompts = [Prompt(str(i), [1 + i, 2, 3 + i % 7, 5][: 1 + i % 4]) for i in range(24)]  # some of one token only
@@ -272,6 +274,7 @@ def small_medusa(**settings: Any) -> tuple[Any, Medusa]:
     return target, medusa
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("draft", "cut"),
     [
@@ -286,6 +289,7 @@ def test_the_output_has_the_targets_distribution(draft: str, cut: dict[str, Any]
     assert chi_square(target.model, medusa.proposer(target), 1.0, samples=1000, policy=policy) > 1e-3
 
 
+@pytest.mark.long
 def test_control_the_distribution_of_another_head_changes_the_output(monkeypatch):
     honest = chain_draft.chain
 

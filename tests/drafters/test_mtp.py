@@ -348,6 +348,7 @@ def test_replay_of_the_training_rows_counts_the_rounds_of_the_loop(both):
     assert differences.abs().max() < 1e-9
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("draft", ["sampled", slow("greedy")])
 def test_sampled_output_has_the_targets_distribution(draft, tmp_path):
     small = loaded(

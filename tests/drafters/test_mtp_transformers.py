@@ -91,6 +91,7 @@ def test_control_another_order_or_a_zeroed_embedding_has_other_logits(served, fi
     assert float(difference) > 0.05
 
 
+@pytest.mark.long
 def test_use_mtp_writes_the_same_text_in_the_same_rounds(served):
     """Its API shows no counters; the forwards of the target are the rounds."""
     target, drafter = served

@@ -117,6 +117,7 @@ def small() -> tuple[Any, Any]:
     return model, noisy(model, 0.15)
 
 
+@pytest.mark.long
 def test_the_output_has_the_targets_distribution_whatever_the_head_predicts(small, tmp_path):
     model, drafter = small
     head = write_head(tmp_path, 16)
@@ -137,6 +138,7 @@ def test_the_output_has_the_targets_distribution_whatever_the_head_predicts(smal
         assert len(lengths) > 1
 
 
+@pytest.mark.long
 def test_control_a_stop_that_reads_a_token_and_drops_it_changes_the_distribution(small):
     """Breaks the filtration rule: the next token is read before it is in the tree, and dropped if it is odd."""
     model, drafter = small

@@ -162,6 +162,7 @@ class Alone(BatchSchedule):
         return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("rule", "temperature", "lossless"), [(scheduled, 1.0, True), (whole_curve, 1e6, False)])
 def test_the_output_has_the_targets_distribution_unless_later_tokens_decide(rule, temperature, lossless, small):
     """Each token is predicted from the one before it. In the control the chance of the first is 0.5, which does not pay alone."""

@@ -124,12 +124,14 @@ def small() -> Any:
     return target, drafter
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("vocabulary", [slow(None), 5])
 def test_the_output_has_the_targets_distribution(small, vocabulary):
     target, made = small
     assert distribution_of(target, made(vocabulary).proposer(target)) > 1e-3
 
 
+@pytest.mark.long
 def test_control_a_residual_over_the_candidates_only_changes_the_output(small, monkeypatch):
     target, made = small
 

@@ -170,12 +170,14 @@ def distribution_of(target: Target, proposer: Any) -> float:
     return chi_square(target.model, proposer, 1.0, samples=800, target=target)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shift_label", [True, slow(False)])
 def test_the_output_has_the_targets_distribution(small, shift_label):
     target, made = small
     assert distribution_of(target, made(shift_label).proposer(target)) > 1e-3
 
 
+@pytest.mark.long
 def test_control_other_rows_than_those_drawn_from_change_the_output(small):
     """Tokens drawn from the corrected logits, handed over with sharper rows than they were drawn from."""
     target, made = small

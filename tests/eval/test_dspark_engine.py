@@ -263,6 +263,7 @@ class Lengths(PredictedAcceptance):
         self.lengths.append(verdict.num_draft_tokens)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("of", "head"),
     [
@@ -280,6 +281,7 @@ def test_the_output_has_the_targets_distribution(small, head, of):
         assert len(set(policy.lengths)) > 1
 
 
+@pytest.mark.long
 def test_control_a_cut_that_reads_the_token_itself_changes_the_output(small):
     """Before the verdict: drop the last token if it is a likely one, so that what is left to judge depends on it."""
     target, made = small

@@ -256,6 +256,7 @@ def small() -> Any:
     return target, drafter
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("temperature", "policy"), [(1.0, None), (1.0, Tree(5, 2, 3))])
 def test_the_output_has_the_targets_distribution_with_a_smaller_vocabulary(small, temperature, policy):
     target, drafter = small
@@ -270,6 +271,7 @@ def distribution_of(target: Any, drafter: Any, temperature: float, *, policy: An
     return chi_square(target.model, drafter.proposer(target), temperature, samples=800, target=target, prepare=arrange)
 
 
+@pytest.mark.long
 def test_control_a_distribution_that_is_not_scattered_changes_the_output(small, monkeypatch):
     """The rows of q stay in the order of the drafter's own ids."""
     monkeypatch.setattr(
@@ -281,6 +283,7 @@ def test_control_a_distribution_that_is_not_scattered_changes_the_output(small, 
     assert distribution_of(target, drafter, 1.0) < 1e-3
 
 
+@pytest.mark.long
 def test_control_a_distribution_with_mass_on_missing_tokens_changes_the_output(small, monkeypatch):
     """The rows of q are normalized as if the missing tokens could be drawn."""
     scatter = vocabulary.over_target_vocabulary

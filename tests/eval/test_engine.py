@@ -143,6 +143,7 @@ def test_the_output_has_the_targets_distribution(small, temperature, draft):
     assert chi_square(model, ChainProposer(drafter, target_vocab_size=8, draft=draft), temperature) > 1e-3
 
 
+@pytest.mark.long
 def test_control_a_cache_rolled_back_by_one_too_few_changes_the_distribution(small):
     """The first rejected token stays in the target's cache: the same test must detect it."""
 
@@ -159,6 +160,7 @@ def test_control_a_cache_rolled_back_by_one_too_few_changes_the_distribution(sma
     assert chi_square(model, ChainProposer(drafter, target_vocab_size=8), 1.0, prepare=spoil) < 1e-3
 
 
+@pytest.mark.long
 def test_control_a_greedy_draft_treated_as_sampled_changes_the_distribution(small, monkeypatch):
     from drafttrain.drafters import chain_draft
 

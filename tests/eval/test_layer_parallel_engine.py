@@ -220,6 +220,7 @@ def distance(kind: type[ChainProposer], *, new: int = 3) -> float:
     return total
 
 
+@pytest.mark.long
 def test_the_distribution_of_all_draws_is_the_targets() -> None:
     assert distance(ChainProposer) < 1e-12
     assert distance(OrdinaryRows) > 1e-3

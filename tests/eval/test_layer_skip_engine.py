@@ -58,6 +58,7 @@ def test_greedy_output_is_the_targets_own(target, texts, policy, batched):
     assert any(one.num_accepted < one.num_draft_tokens for g in found for one in g.rounds), "and some are rejected"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("spoiled", [False, True])
 def test_sampled_output_has_the_targets_distribution(spoiled):
     """Control: rows of q that belong to the next set of sublayers."""
@@ -130,6 +131,7 @@ def swift(target: Target, **settings: Any) -> Swift:
 PROMPT = [Prompt("one", [1, 2, 3])]
 
 
+@pytest.mark.long
 def test_it_finds_idle_sublayers_while_it_writes(half_idle):
     """From then on every draft token is accepted. Control: a search of one step stays at its first set."""
     proposer = swift(half_idle)
@@ -168,6 +170,7 @@ def test_sequences_together_share_a_set_and_the_output_stays_the_targets_own(hal
     assert [one.tokens for one in found] == [greedy(half_idle, prompt, 24) for prompt in PROMPTS]
 
 
+@pytest.mark.long
 def test_its_sampled_output_has_the_targets_distribution():
     model = random_llama(num_layers=4, vocab_size=8, hidden_size=16).double()
     target = wrapped(model)

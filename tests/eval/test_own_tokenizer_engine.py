@@ -166,6 +166,7 @@ def test_control_a_map_of_ids_that_is_off_by_one():
     assert distance(*enumerated(1, changed=shifted)) > 0.01
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("draft", "strings"), [("sampled", False), slow("greedy", False), ("greedy", True)])
 def test_sampled_output_passes_a_test_against_the_target(draft, strings):
     tokenizer = letters(["a", "b", "c", "ab", "bc", "d", "e"])

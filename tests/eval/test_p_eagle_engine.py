@@ -214,12 +214,14 @@ def small() -> Any:
     return target, drafter
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("policy", [None, Tree(5, 2, 3)])
 def test_the_output_has_the_targets_distribution(small, policy):
     target, drafter = small
     assert distribution_of(target, drafter.proposer(target), policy) > 1e-3
 
 
+@pytest.mark.long
 def test_control_an_argmax_that_is_called_a_draw_changes_the_output(small):
     """The same tokens as SAMPLED with the slots' own distributions: the law of a draw is not that of an argmax."""
     target, drafter = small

@@ -76,6 +76,7 @@ class RowsOneLate(Pipelined):
             pending.q_rows = new.q_rows[: len(pending.tokens)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_sampled_output_has_the_targets_distribution(temperature: float) -> None:
     target = small_target()
@@ -183,6 +184,7 @@ def enumerated(kind: type[Pipelined], target: Target, q_VV: Tensor, *, new: int)
     return total, runs
 
 
+@pytest.mark.long
 def test_the_distribution_of_all_draws_is_the_targets() -> None:
     """Every draw of the drafter, every decision and every residual, through the loop: no sampling noise."""
     model = random_llama(num_layers=1, vocab_size=2, hidden_size=16).double()

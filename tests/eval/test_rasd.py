@@ -84,6 +84,7 @@ def drawn_siblings(q: list[Tensor], script: Script) -> Proposal:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("draw", [drawn_chain, drawn_siblings])
 @pytest.mark.parametrize("seed", range(2))
 def test_the_fused_proposal_has_the_targets_distribution(draw, seed):
@@ -151,6 +152,7 @@ def through_a_model(temperature: float, *, samples: int) -> float:
     return chi_square(target.model, parts(settings, target, drafter), temperature, policy=policy, samples=samples)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("temperature", "samples"),
     [(1.0, 600), *(pytest.param(t, 4000, marks=pytest.mark.slow) for t in (0.7, 1.0))],

@@ -74,6 +74,7 @@ class DropsUnlikely(StaticTree):
 # ---------------------------------------------------------------- exact: every draw, every decision
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_every_form_has_the_targets_distribution(name):
     case = Case.random(3, levels=3, seed=0)

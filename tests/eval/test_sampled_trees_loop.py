@@ -126,6 +126,7 @@ def keys(lm: Any) -> list[torch.Tensor]:
     return [layer.columns.first(max(lm.lengths))[0] for layer in lm._layers]
 
 
+@pytest.mark.long
 def test_the_output_of_a_sampled_tree_has_the_targets_distribution():
     model = small_target().model
     proposer = ChainProposer(noisy(model, 0.15), target_vocab_size=8)

@@ -44,6 +44,7 @@ def covered(name, num_prompts):
     return np.mean([one.low <= truth <= one.high for one in found]), found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_prompts", PROMPTS)
 @pytest.mark.parametrize("name", FIGURES)
 def test_an_interval_contains_the_truth_in_95_percent_of_the_evaluations(name, num_prompts):
@@ -51,6 +52,7 @@ def test_an_interval_contains_the_truth_in_95_percent_of_the_evaluations(name, n
     assert 0.93 <= share <= 0.97
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_prompts", [8, *map(slow, (12, 32, 80))])
 @pytest.mark.parametrize("name", EQUALS)
 def test_two_equal_drafters_differ_in_5_percent_of_the_evaluations(name, num_prompts):

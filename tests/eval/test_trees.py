@@ -127,6 +127,7 @@ def test_the_output_of_trees_has_the_targets_distribution(temperature):
     assert chi_square(model, proposer, temperature, policy=SMALL_TREE, samples=1200) > 1e-3
 
 
+@pytest.mark.long
 def test_control_dropping_a_child_for_its_token_changes_the_distribution():
     """One of the children drawn from q is dropped because of its token, and the others are verified as if it never existed."""
     from drafttrain.core.probability import draw, sampling_probs

@@ -156,11 +156,13 @@ def distribution_of(target: Target, proposer: Any) -> float:
     return chi_square(target.model, proposer, 1.0, samples=800, target=target)
 
 
+@pytest.mark.long
 def test_the_output_has_the_targets_distribution(small):
     target, drafter = small
     assert distribution_of(target, drafter.proposer(target)) > 1e-3
 
 
+@pytest.mark.long
 def test_control_an_argmax_that_is_handed_over_as_drawn_changes_the_output(small):
     """The tokens are no draws: with rows of q, here uniform ones, another distribution comes out."""
     target, drafter = small

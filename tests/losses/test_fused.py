@@ -33,6 +33,7 @@ from drafttrain.losses.weighted_sum import Term, WeightedSumSettings
 from drafttrain.target_model.logits import head_logits, head_of
 from tests.conftest import random_llama
 from tests.losses.test_losses import EVERY, FloatTarget, ToyTarget, V, index, records, rows
+from tests.marks import long
 
 SOME = torch.tensor([0, 2, 3, 6])
 WIDTH = 4
@@ -455,8 +456,9 @@ class Asked(TorchDispatchMode):
 
 
 @EVERY
-@pytest.mark.parametrize("vocabulary", [None, SOME], ids=["whole", "some"])
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("fused", "vocabulary"), [(True, None), long(True, SOME), long(False, None), (False, SOME)], ids=str
+)
 def test_no_loss_asks_the_device_for_anything(settings, vocabulary, fused):
     """Not for the rows that can be learned, nor for the number of sequences or blocks: their rows are known before."""
     batch, _ = pack(records(), width=12, weight_of_step=1.0)

@@ -151,6 +151,7 @@ def test_enough_roots_give_the_sum_over_all():
     assert float(some.total) == pytest.approx(total, rel=1e-6)
 
 
+@pytest.mark.long
 def test_the_sum_over_chosen_roots_estimates_the_sum_over_all():
     texts = records()
     whole = float(loss_of(batch_of(texts), Anchors(100))[0].total)

@@ -185,6 +185,7 @@ def test_answers_that_the_target_did_not_write_are_detected(tiny_target):
     assert min(surprise(tiny_target, forged)) > 3
 
 
+@pytest.mark.long
 def test_learning_at_refused_positions_raises_block_efficiency(tiny_target):
     drafter = CausalLMDrafter(random_llama(seed=0).requires_grad_(True))
     with torch.no_grad():

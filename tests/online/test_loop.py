@@ -223,6 +223,7 @@ def served_in_turn(run: OnlineRun) -> list[str]:
     return [one["version"] for one in run.routes[""].versions.history() if one["event"] == "published"]
 
 
+@pytest.mark.long
 def test_versions_published_before_a_kill_are_not_published_again(tmp_path, tiny_target):
     first = start(tmp_path, tiny_target, noise=0.6)
     run = online_run(tmp_path, tiny_target, first, **EAGER)
@@ -238,6 +239,7 @@ def test_versions_published_before_a_kill_are_not_published_again(tmp_path, tiny
     assert run.routes[""].versions.names() == ["0001", "0002"]
 
 
+@pytest.mark.long
 def test_a_kill_after_the_first_publish_keeps_the_served_version(tmp_path, tiny_target):
     first = start(tmp_path, tiny_target, noise=0.6)
     run = online_run(tmp_path, tiny_target, first, **EAGER)
@@ -251,6 +253,7 @@ def test_a_kill_after_the_first_publish_keeps_the_served_version(tmp_path, tiny_
     read_drafter((tmp_path / "run" / "drafters" / "current").resolve(), tiny_target)
 
 
+@pytest.mark.long
 def test_a_version_rolled_back_after_a_kill_is_not_published_again(tmp_path, tiny_target):
     first = start(tmp_path, tiny_target, noise=0.6)
     run = online_run(tmp_path, tiny_target, first, **EAGER)
@@ -263,6 +266,7 @@ def test_a_version_rolled_back_after_a_kill_is_not_published_again(tmp_path, tin
     assert metrics(tmp_path / "run")[-1]["reason"] == "published before a restart, then rolled back"
 
 
+@pytest.mark.long
 def test_a_rollback_while_a_candidate_is_judged_is_respected(tmp_path, tiny_target):
     first = start(tmp_path, tiny_target, noise=0.6)
     run = online_run(tmp_path, tiny_target, first, **EAGER)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from drafttrain.online.report import write_online_report
@@ -23,6 +24,7 @@ def write_as_an_older_version(run: Path) -> None:
     metrics_file.write_text("".join(json.dumps(row) + "\n" for row in older))
 
 
+@pytest.mark.long
 def test_a_run_of_an_older_version_is_resumed_and_reported(tmp_path, tiny_target):
     first = start(tmp_path, tiny_target)
     drafters, log = tmp_path / "run" / "drafters", tmp_path / "logs" / "a.jsonl"

@@ -166,6 +166,7 @@ def gain(first: Counts, second: Counts):
     return ratio_difference(parts[0], parts[1])
 
 
+@pytest.mark.long
 def test_two_routed_drafters_beat_a_shared_one_and_each_is_worse_on_the_other_route(tmp_path: Path, target: Target):
     log = tmp_path / "logs" / "a.jsonl"
     write_log(target, log)

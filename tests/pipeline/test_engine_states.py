@@ -73,6 +73,7 @@ def check_equal(one: Path, other: Path) -> None:
         assert float((tensor - last[1][name]).norm()) <= 1e-3 * float(tensor.norm()), name
 
 
+@pytest.mark.long
 def test_a_drafter_trained_on_states_of_another_process_is_that_of_the_target(recipe: Path, tmp_path: Path) -> None:
     trained(recipe, tmp_path / "own")
     gen(load_recipe(recipe, [ENGINE]), tmp_path / "engine")

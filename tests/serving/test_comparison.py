@@ -24,6 +24,7 @@ from drafttrain.serving.sides import Side
 from drafttrain.target_model import Target, TargetSettings
 from tests.export import folders
 from tests.export.trained import learn
+from tests.marks import long
 
 NUM_DRAFT_TOKENS = 3
 NEW_TOKENS = 14
@@ -133,6 +134,7 @@ def test_with_top_k_1_a_drafter_samples_the_greedy_chain(target, prompts, tmp_pa
     assert drafted(drafter.proposer(target), Sampling(1.0)) != greedy
 
 
+@pytest.mark.long
 def test_texts_that_ended_before_any_draft_do_not_count_in_the_difference(sides, target, prompts, job):
     ended = DecodedPrompt(sides.sampled[0].tokens[:1])
     short = replace(sides, sampled=[ended, *sides.sampled[1:]])
@@ -191,7 +193,8 @@ def test_a_drafter_is_equal_to_itself(sides, target, prompts, job):
 
 
 @pytest.mark.parametrize(
-    "fault", [folders.swap_columns, folders.alter_rope_everywhere, folders.flatten_hidden_norm, folders.swap_rows]
+    "fault",
+    [folders.swap_columns, long(folders.alter_rope_everywhere), long(folders.flatten_hidden_norm), folders.swap_rows],
 )
 def test_a_damaged_drafter_changes_the_counts(fault, damaged, sides, target, prompts, job):
     found = compared(damaged(fault), sides, target, prompts, job)

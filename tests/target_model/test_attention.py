@@ -75,6 +75,7 @@ def test_a_drafter_takes_eager_attention_from_its_target(tiny_folder: Path) -> N
         assert read_drafter(tiny_folder, target).model.config._attn_implementation == taken  # type: ignore[union-attr]
 
 
+@pytest.mark.long
 def test_the_gemma2_pair_of_the_cases_decodes_exactly(shared_folder: Path) -> None:
     folder = shared_folder / "cases/checkpoints"
     target = Target.load(TargetSettings(model=str(folder / "target_gemma2"), attention="eager"))

@@ -151,6 +151,7 @@ GEMMA3 = {
 }
 
 
+@pytest.mark.long
 def test_gemma3_rotates_its_types_of_layers_differently(tmp_path: Path) -> None:
     model = gemma3()
     source = saved(model, tmp_path / "source")

@@ -123,6 +123,7 @@ def test_control_recomputed_activations_with_other_dropout_are_another_training(
     assert run(tmp_path / "again", lora=LORA, activation_checkpointing=True) != pytest.approx(plain, **CLOSE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", [slow({"lora": LORA}), EAGLE3], ids=["causal_lm", "eagle3"])
 def test_a_compiled_training_of_adapters_is_the_same(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

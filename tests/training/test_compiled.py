@@ -96,6 +96,7 @@ def test_the_curve_is_that_of_a_training_that_is_not_compiled(kind, of_kind, los
     assert len(traced) >= 2, "the drafter and the loss"
 
 
+@pytest.mark.long
 def test_a_compiled_training_continues_one_that_was_not(traced, tmp_path):
     whole = curve_of(tmp_path / "whole", *KINDS[0], steps=6)
     curve_of(tmp_path / "parts", *KINDS[0], steps=3)
@@ -108,6 +109,7 @@ def test_a_compiled_training_continues_one_that_was_not(traced, tmp_path):
         torch.testing.assert_close(stored[1][name], weight, rtol=0, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kind",
     [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in (KINDS[5], KINDS[8]))],
@@ -120,6 +122,7 @@ def test_rows_of_every_shape_run_in_the_graphs_of_the_first_steps(kind, traced):
     assert len(set(graphs[3:])) == 1
 
 
+@pytest.mark.long
 def test_control_without_symbols_a_new_shape_is_a_new_graph(traced, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, dynamic=False))
     monkeypatch.setattr(compiled, "_compiled_loss", lambda per_row: per_row)

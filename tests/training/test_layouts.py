@@ -108,6 +108,7 @@ def test_one_process_listens_on_no_port(tmp_path: Path) -> None:
     assert isinstance(store, torch.distributed.HashStore)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "of_kind"),
     [

@@ -82,6 +82,7 @@ def counted(linear_of_torch: None) -> Iterator[tuple[StepCost, Squares]]:
     return cost, squares
 
 
+@pytest.mark.long
 def test_five_steps_keep_at_most_5_gb(counted: Any) -> None:
     cost, _ = counted
     assert 3e9 < cost.kept <= 5e9

@@ -105,6 +105,7 @@ def test_greedy_shards_are_byte_for_byte_those_of_the_built_in_backend(settings,
     assert shards(kept) == builtin, "texts of another target"
 
 
+@pytest.mark.long
 def test_text_alone_gives_the_same_records_if_its_tokens_are_certain(tmp_path):
     target = Target.load(TargetSettings(model="builtin:target"))
     (tmp_path / "text.txt").write_text("Once upon a time there was a small brown dog. He liked to run and play. " * 8)

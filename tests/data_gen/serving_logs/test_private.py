@@ -66,6 +66,7 @@ HOSTILE = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_a_long_text_of_anything_costs_seconds_a_megabyte_at_most(piece):
     text = piece * (40_000 // len(piece))
@@ -75,6 +76,7 @@ def test_a_long_text_of_anything_costs_seconds_a_megabyte_at_most(piece):
     assert time.process_time() - began < 5
 
 
+@pytest.mark.long
 def test_the_library_checks_a_bounded_number_of_candidates(monkeypatch):
     parsed = []
     parse = phonenumbers.parse

@@ -126,6 +126,7 @@ def test_a_line_over_the_limit_is_never_held_in_memory(tmp_path):
     assert peak < 16 * 2**20
 
 
+@pytest.mark.long
 def test_unanswered_requests_are_forgotten_before_they_fill_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("drafttrain.data_gen.serving_logs.vllm.MAX_WAITING_BYTES", 4 * 2**20)
     path = tmp_path / "a.log"
