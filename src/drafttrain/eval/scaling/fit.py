@@ -122,7 +122,11 @@ def _fitted(form: Form, points_nx: Points, values_n: Values, rows_bn: np.ndarray
     squares, around = float(rest_n @ rest_n), float(((values_n - values_n.mean()) ** 2).sum())
     names = form.coefficient_names
     drawn_bp = np.array(
-        [form.fit(points_nx[rows_n], values_n[rows_n]) for rows_n in rows_bn if _varies(points_nx[rows_n])]
+        [
+            form.fit(points_nx[rows_n], values_n[rows_n], near_p=found_p)
+            for rows_n in rows_bn
+            if _varies(points_nx[rows_n])
+        ]
     )
     low_p, high_p = np.quantile(drawn_bp, [0.025, 0.975], axis=0)
     n, p = len(values_n), len(names)
@@ -135,7 +139,7 @@ def _fitted(form: Form, points_nx: Points, values_n: Values, rows_bn: np.ndarray
         aicc=_aicc(squares, n=n, parameters=p + 1),
         r2=1 - squares / around if around > 0 else math.nan,
         residual=math.sqrt(squares / (n - p)),
-        left_out=_left_out(form, points_nx, values_n),
+        left_out=_left_out(form, points_nx, values_n, found_p),
     )
 
 
@@ -150,11 +154,11 @@ def _aicc(squares: float, *, n: int, parameters: int) -> float:
     return n * math.log(variance) + 2 * parameters + 2 * parameters * (parameters + 1) / (n - parameters - 1)
 
 
-def _left_out(form: Form, points_nx: Points, values_n: Values) -> float:
+def _left_out(form: Form, points_nx: Points, values_n: Values, near_p: Values) -> float:
     """Return the root of the mean squared error at each run, predicted from the others."""
     errors = []
     for i in range(len(values_n)):
         others = np.arange(len(values_n)) != i
-        found_p = form.fit(points_nx[others], values_n[others])
+        found_p = form.fit(points_nx[others], values_n[others], near_p=near_p)
         errors.append(float(form(found_p, points_nx[i : i + 1])[0] - values_n[i]))
     return math.sqrt(float(np.square(errors).mean()))

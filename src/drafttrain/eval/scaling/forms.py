@@ -40,8 +40,12 @@ class Form(ABC):
         """Return the form as text."""
 
     @abstractmethod
-    def fit(self, points_nx: Points, values_n: Values) -> Values:
-        """Return coefficients_p of least squares."""
+    def fit(self, points_nx: Points, values_n: Values, *, near_p: Values | None = None) -> Values:
+        """Return coefficients_p of least squares.
+
+        Args:
+            near_p: Coefficients from which a search starts; None: from several places.
+        """
 
     @abstractmethod
     def __call__(self, coefficients_p: Values, points_nx: Points) -> Values:
@@ -55,7 +59,7 @@ class Linear(Form):
     def columns(self, points_nx: Points) -> Values:
         """Return columns_np."""
 
-    def fit(self, points_nx: Points, values_n: Values) -> Values:
+    def fit(self, points_nx: Points, values_n: Values, *, near_p: Values | None = None) -> Values:
         return _least_squares(self.columns(points_nx), values_n)
 
     def __call__(self, coefficients_p: Values, points_nx: Points) -> Values:
@@ -142,7 +146,7 @@ class Power(Form):
     def formula(self) -> str:
         return " - ".join(["c", *(f"k {name}^-g" for name in self.names)])
 
-    def fit(self, points_nx: Points, values_n: Values) -> Values:
+    def fit(self, points_nx: Points, values_n: Values, *, near_p: Values | None = None) -> Values:
         from scipy.optimize import least_squares
 
         # Given the exponents it is linear in c and k. Variables are divided by their geometric means, so that no power overflows.
@@ -155,10 +159,9 @@ class Power(Form):
             columns_np = columns(exponents_x)
             return np.asarray(columns_np @ _least_squares(columns_np, values_n) - values_n)
 
-        tried = [
-            least_squares(residuals, np.full(len(middle_x), start), bounds=EXPONENTS, xtol=1e-6, ftol=1e-9)
-            for start in STARTS
-        ]
+        count = len(middle_x)
+        starts = [np.full(count, start) for start in STARTS] if near_p is None else [near_p[1 + count :]]
+        tried = [least_squares(residuals, start, bounds=EXPONENTS, xtol=1e-5, ftol=1e-8) for start in starts]
         g_x = min(tried, key=lambda one: one.cost).x
         c, *k = _least_squares(columns(g_x), values_n)
         return np.array([c, *(k * middle_x**g_x), *g_x])
@@ -185,15 +188,18 @@ class Saturating(Form):
         inside = " - ".join(["-c", *(f"b log10 {name}" for name in self.names)])
         return f"1 + {self.num_draft_tokens:g} / (1 + exp({inside}))"
 
-    def fit(self, points_nx: Points, values_n: Values) -> Values:
+    def fit(self, points_nx: Points, values_n: Values, *, near_p: Values | None = None) -> Values:
         from scipy.optimize import least_squares
 
         logs_nx = np.log10(points_nx)
         middle_x = logs_nx.mean(axis=0)
         columns_np = np.column_stack([np.ones(len(logs_nx)), logs_nx - middle_x])
-        share_n = np.clip((values_n - 1) / self.num_draft_tokens, 0.01, 0.99)
-        start = _least_squares(columns_np, np.log(share_n / (1 - share_n)))
-        found = least_squares(lambda p: self._of(columns_np @ p) - values_n, start).x
+        if near_p is None:
+            share_n = np.clip((values_n - 1) / self.num_draft_tokens, 0.01, 0.99)
+            start = _least_squares(columns_np, np.log(share_n / (1 - share_n)))
+        else:
+            start = np.array([near_p[0] + near_p[1:] @ middle_x, *near_p[1:]])
+        found = least_squares(lambda p: self._of(columns_np @ p) - values_n, start, xtol=1e-5, ftol=1e-8).x
         return np.array([found[0] - found[1:] @ middle_x, *found[1:]])
 
     def __call__(self, coefficients_p: Values, points_nx: Points) -> Values:
