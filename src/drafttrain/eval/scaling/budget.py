@@ -45,7 +45,8 @@ def best_for(
     Raises:
         DataError: The budget is outside of what was measured.
     """
-    slope, fixed = np.polyfit(*np.array(costs).T, 1)
+    sizes, fractions = np.array(costs, dtype=np.float64).T
+    slope, fixed = np.polyfit(sizes, fractions, 1)
     plans = []
     for size in np.geomspace(*parameters, SIZES):
         affordable = budget / (FLOPS_A_TOKEN * size)
