@@ -101,7 +101,7 @@ class Proportional(Linear):
 class LogLinear(Linear):
     """c + b log10 x, summed over the variables.
 
-    Source: Yan et al. 2025, Scaling Laws for Speculative Decoding, arXiv 2505.07858.
+    Source: Yan et al. 2025, arXiv 2505.07858.
     """
 
     name = "log-linear"
