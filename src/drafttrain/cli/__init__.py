@@ -12,6 +12,7 @@ from drafttrain.cli import (
     data,
     engines,
     evaluate,
+    fit_scaling,
     formats,
     online,
     plan,
@@ -25,7 +26,7 @@ from drafttrain.cli.app import app
 
 __all__ = ["app", "main"]
 
-for group in (stages, sweep, plan, evaluate, advise, chat, formats, check_server, record):
+for group in (stages, sweep, fit_scaling, plan, evaluate, advise, chat, formats, check_server, record):
     group.add_to(app)
 app.add_typer(data.app, name="data")
 app.add_typer(online.app, name="online")
