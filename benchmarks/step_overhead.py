@@ -2,7 +2,7 @@
 
 Both train the same start on the same batches with the same loss and the same optimizer. The bare loop has its batches ready
 and nothing else around it: no trainer, no packing, no logs, no acceptance rate. A turn is a few steps of one of them. Its time
-is measured between the calls that request the next step's batch.
+is that between the ends of optimizer steps.
 
     python benchmarks/step_overhead.py runs/demo
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from step_ends import step_ends
 
 from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
@@ -56,13 +57,10 @@ def main() -> None:
     ready = [data.of_step(step, **size) for step in range(settings.max_steps)]
 
     def fit_turn() -> float:
-        called: list[float] = []
-
         def of_step(step: int) -> list[DraftBatch]:
-            called.append(time.perf_counter())
             return data.of_step(step, **size)
 
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, step_ends(time.perf_counter) as ends:
             train(
                 copy.deepcopy(start),
                 losses.build(recipe.loss),
@@ -73,7 +71,8 @@ def main() -> None:
                 vocab_size=run.target.num_tokens,
                 folder=Path(folder),
             )
-        return called[-1] - called[-1 - arguments.steps]
+        assert len(ends) == settings.max_steps, "one end a step"
+        return ends[-1] - ends[-1 - arguments.steps]
 
     def bare_turn() -> float:
         return bare(copy.deepcopy(start), losses.build(recipe.loss), ready, settings, run.target.num_tokens, arguments)
