@@ -48,7 +48,7 @@ def main() -> None:
             found = done.best
             print(f"| {loss} | {rate:g} | {done.best_step} | {found:.3f} |", flush=True)
             best[loss] = max(best.get(loss, (0.0, 0.0, drafter)), (found, rate, drafter))
-    run = DrafterRun(base, arguments.folder / "base", quiet=True)
+    run = DrafterRun(base, arguments.folder / "base")
     dropped = contaminated_prompts(run, base.eval.prompts)
     prompts = read_prompts(
         base.eval.prompts,
@@ -71,7 +71,7 @@ def arm(arguments: Any, loss: str, rate: float) -> tuple[TrainResult, Path]:
     folder = arguments.folder / recipe.name
     if not (folder / "data").exists():
         shutil.copytree(arguments.folder / "base" / "data", folder / "data")
-    run = DrafterRun(recipe, folder, quiet=True)
+    run = DrafterRun(recipe, folder)
     run.train()
     return run.export_best(), run.folder.drafter
 

@@ -108,7 +108,7 @@ def run_of(arguments: argparse.Namespace, rate: float, folder: Path) -> DrafterR
     if not (folder / "data").exists() and folder.name != "texts":
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "data").symlink_to(data)
-    return DrafterRun(load_recipe(str(file)), folder, quiet=True)
+    return DrafterRun(load_recipe(str(file)), folder)
 
 
 def write_for_them(arguments: argparse.Namespace, run: DrafterRun) -> int:

@@ -131,7 +131,7 @@ class Seed:
         base = load_recipe(arguments.recipe, [*changes(arguments, "medusa"), "data.cache=none", f"seed={number}"])
         texts = arguments.out / f"seed-{number}" / "texts"
         gen(base, texts)
-        return cls(arguments, number, DrafterRun(base, texts, quiet=True))
+        return cls(arguments, number, DrafterRun(base, texts))
 
     @property
     def folder(self) -> Path:
@@ -152,7 +152,7 @@ class Seed:
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.exists():
                 link.symlink_to(place.resolve())
-        run = DrafterRun(recipe, folder, quiet=True)
+        run = DrafterRun(recipe, folder)
         run.target, run.validation.texts = self.shared.target, self.shared.validation.texts
         began = time.perf_counter()
         run.train()

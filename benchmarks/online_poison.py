@@ -137,7 +137,7 @@ def learned(out: Path, kind: str, loss: str, share: float) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(done.read_text())
         return found
     recipe = load_recipe("online", [*SETTINGS, f"loss.kind={loss}", f"data.sources.0.path={out / 'logs'}"])
-    run = DrafterRun(recipe, out / "run", quiet=True)
+    run = DrafterRun(recipe, out / "run")
     target = run.target
     run.write_start()
     lines = shipped("assertions")
@@ -203,7 +203,7 @@ def nats(target: Target, drafter: Drafter, records: Sequence[Record]) -> float |
 def filter_rows(out: Path, kinds: Sequence[str], share: float) -> list[str]:
     """Return a row per kind: how many answers the filter finds implausible. This needs no learning."""
     recipe = load_recipe("online", [*SETTINGS, f"data.sources.0.path={out / 'logs'}"])
-    run = DrafterRun(recipe, out / "filter", quiet=True)
+    run = DrafterRun(recipe, out / "filter")
     lines, rows = shipped("assertions")[:STREAM], []
     for kind in kinds:
         stream, forged = poisoned(run.target, run, lines, kind, share)

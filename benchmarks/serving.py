@@ -38,7 +38,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for folder in arguments.drafters:
         try:
-            convert_drafter(str(folder), [arguments.format], overrides, target=arguments.target, verify=True, out=None)
+            convert_drafter(
+                str(folder), [arguments.format], overrides, target=arguments.target, verify=True, speed=False, out=None
+            )
         except GateError as error:
             print(error)
         for one in json.loads((folder / "engine.json").read_text(encoding="utf-8")):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from step_ends import step_ends
 from torch import Tensor
 
 from drafttrain.core.batches import DraftBatch
@@ -130,14 +131,12 @@ def row(
 
 
 def fit_turn(drafter: Any, kind: str, data: TrainingData, target: Target, settings: Any, arguments: Any) -> float:
-    """Return the CPU seconds of the last steps of the trainer, between the calls that request batches."""
-    called: list[float] = []
+    """Return the CPU seconds of the last steps of the trainer, from the end of a step to that of the last."""
 
     def of_step(step: int) -> list[DraftBatch]:
-        called.append(time.process_time())
         return data.of_step(step, batch_size=settings.batch_size)
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, step_ends(time.process_time) as ends:
         train(
             drafter,
             losses.build(losses.entry(kind).settings()),
@@ -148,7 +147,8 @@ def fit_turn(drafter: Any, kind: str, data: TrainingData, target: Target, settin
             vocab_size=target.num_tokens,
             folder=Path(folder),
         )
-    return called[-1] - called[-1 - arguments.steps]
+    assert len(ends) == settings.max_steps, "one end a step"
+    return ends[-1] - ends[-1 - arguments.steps]
 
 
 def bare_turn(drafter: Any, kind: str, ready: list[list[DraftBatch]], settings: Any, arguments: Any) -> float:

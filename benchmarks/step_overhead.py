@@ -2,7 +2,7 @@
 
 Both train the same start on the same batches with the same loss and the same optimizer. The bare loop has its batches ready
 and nothing else around it: no trainer, no packing, no logs, no acceptance rate. A turn is a few steps of one of them. Its time
-is measured between the calls that request the next step's batch.
+is that between the ends of optimizer steps.
 
     python benchmarks/step_overhead.py runs/demo
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from step_ends import step_ends
 
 from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
@@ -39,14 +40,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder; its data are generated if they are missing")
     parser.add_argument("--recipe", default="demo")
+    parser.add_argument("overrides", nargs="*", help="loss.kind=tvd")
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--steps", type=int, default=6, help="timed steps per turn")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    recipe = load_recipe(arguments.recipe)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
     gen(recipe, arguments.run)
-    run = DrafterRun(recipe, arguments.run, quiet=True)
+    run = DrafterRun(recipe, arguments.run)
     data = training_data(run)
     settings = replace(recipe.train, max_steps=arguments.steps + 2, eval_every_steps=0, loggers=["csv"])
     start = drafters.entry(recipe.drafter.kind).component.create(
@@ -56,13 +58,10 @@ def main() -> None:
     ready = [data.of_step(step, **size) for step in range(settings.max_steps)]
 
     def fit_turn() -> float:
-        called: list[float] = []
-
         def of_step(step: int) -> list[DraftBatch]:
-            called.append(time.perf_counter())
             return data.of_step(step, **size)
 
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, step_ends(time.process_time) as ends:
             train(
                 copy.deepcopy(start),
                 losses.build(recipe.loss),
@@ -73,7 +72,8 @@ def main() -> None:
                 vocab_size=run.target.num_tokens,
                 folder=Path(folder),
             )
-        return called[-1] - called[-1 - arguments.steps]
+        assert len(ends) == settings.max_steps, "one end a step"
+        return ends[-1] - ends[-1 - arguments.steps]
 
     def bare_turn() -> float:
         return bare(copy.deepcopy(start), losses.build(recipe.loss), ready, settings, run.target.num_tokens, arguments)
@@ -108,7 +108,7 @@ def bare(
     began = 0.0
     for step, batches in enumerate(ready):
         if step == len(ready) - arguments.steps:
-            began = time.perf_counter()
+            began = time.process_time()
         for batch in batches:
             drafted = drafter(batch)
             rows = align(drafted, batch)
@@ -131,7 +131,7 @@ def bare(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 if __name__ == "__main__":
