@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ from drafttrain.core.generations import ForwardEvent, ForwardShape
 from drafttrain.core.proposals import LayerState
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
-from drafttrain.core.weights import Weights
 from drafttrain.target_model.anatomy import taps, trunk
 from drafttrain.target_model.block_range import block_range
 from drafttrain.target_model.grouped_attention import GroupedAttention
 from drafttrain.target_model.model_weights import ModelWeights
+from drafttrain.target_model.part import Part
 from drafttrain.target_model.positions import position_limit
 from drafttrain.target_model.ragged_cache import RaggedCache, Tree
 from drafttrain.target_model.rolling_back import refuse_states_that_cannot_roll_back, window_of
@@ -34,22 +34,6 @@ from drafttrain.target_model.sublayers import Skipped, Sublayers
 MASKED_ATTENTION = ("sdpa", "eager")
 PARTS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest differences, relative to the largest logit, that the rounding of two calls explains."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """The part of a model that a call runs."""
-
-    name: str
-    """Of the call, in the ledger."""
-    caches: Sequence[RaggedCache]
-    context: AbstractContextManager[None]
-    """In which the model runs only this part."""
-    num_layers: int
-    running: range | None = None
-    """The blocks; None: all."""
-    without: Weights = Weights()
-    """Of sublayers in these blocks that do not run."""
 
 
 class CachedLM:
@@ -208,6 +192,27 @@ class CachedLM:
             without=self._weights.of_sublayers(*sublayers.modules(skipped)),
         )
         return self._read(tokens, parents=parents, needs=needs or TargetNeeds(logits=True), part=part)
+
+    def read_last_blocks(
+        self, entering: Sequence[Tensor | None], *, running: range, needs: TargetNeeds
+    ) -> list[TargetOutput]:
+        """Run some blocks on states of tokens after the kept ones; the model's own cache stays as it is.
+
+        Args:
+            entering: By sequence, states_ND that enter block `running.start`; None: it takes no part.
+        """
+        some = next(states for states in entering if states is not None)
+        given = [some[:0] if states is None else states for states in entering]
+        entering_BND = padded_rows(given, max(map(len, given)))
+        part = Part(
+            f"{self.name}'s last blocks",
+            caches=[self.cache.beside(layers=slice(running.start, running.stop))],
+            context=block_range(self.model, running, entering_BND=entering_BND),
+            num_layers=len(running),
+            running=running,
+        )
+        # The blocks before these do not run, so the tokens do not matter.
+        return self._read([[0] * len(states) for states in given], parents=None, needs=needs, part=part)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Read and keep one token of every sequence; return logits_BV after it."""
