@@ -208,6 +208,7 @@ def test_the_files_read_back(target, tmp_path):
     [
         ("layers", [1, 5, 5], r"layers must be .* of 1\.\.4"),
         ("layers", [3, 2, 2], "not falling"),
+        ("draft_in", "both", "draft_in"),
         ("hidden_size", 64, "hidden_size"),
         ("target_fingerprint", "other", "target_fingerprint"),
     ],

@@ -18,7 +18,8 @@ from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
 from drafttrain.losses import losses
 from drafttrain.losses.step import batch_loss
-from drafttrain.target_model import Target
+from drafttrain.target_model import Target, rows_beside
+from drafttrain.target_model.cached_lm import CachedLM
 from tests.drafters.eagle_models import eagle_target
 from tests.drafters.hidden_transfer_models import transfer
 from tests.eval.decoding import chi_square, decode, greedy
@@ -44,9 +45,9 @@ def written(target: Target) -> tuple[tuple[int, ...], ...]:
 
 
 @functools.cache
-def trained_briefly(target: Target) -> Any:
+def trained_briefly(target: Target, draft_in: str = "verifying_call") -> Any:
     """Return a drafter that is often right: trained briefly on the target's text after the prompts."""
-    drafter = transfer(target, layers=[2, 3, 3], train_steps="together").train()
+    drafter = transfer(target, layers=[2, 3, 3], train_steps="together", draft_in=draft_in).train()
     optimizer = torch.optim.Adam(drafter.parameters(), lr=2e-2)
     texts = [[*prompt.tokens, *new] for prompt, new in zip(PROMPTS, written(target), strict=True)]
     batch, _ = pack([Record("", text, [True] * len(text)) for text in texts], width=40, weight_of_step=1.0)
@@ -65,12 +66,14 @@ def decoded(target: Target, drafter: Any, policy: Any = CHAIN, **options: Any) -
     return decode(target, drafter.proposer(target, arguments.get("listener")), policy=policy, **arguments)
 
 
-@pytest.mark.parametrize("policy", [CHAIN, TREE])
-def test_greedy_output_is_the_targets_own_together_and_alone(target, policy):
+@pytest.mark.parametrize(
+    ("policy", "draft_in"), [(CHAIN, "verifying_call"), (TREE, "verifying_call"), slow(CHAIN, "own_pass")]
+)
+def test_greedy_output_is_the_targets_own_together_and_alone(target, policy, draft_in):
     """With low and with high acceptance; in a batch every prompt has the same rounds as alone."""
     unskilled = decoded(target, transfer(target), policy, new=6)
     assert [g.tokens for g in unskilled] == [list(text[:6]) for text in written(target)]
-    drafter = trained_briefly(target)
+    drafter = trained_briefly(target, draft_in)
     together = decoded(target, drafter, policy)
     assert [g.tokens for g in together] == [list(text) for text in written(target)]
     alone = [decoded(target, drafter, policy, prompts=[prompt])[0] for prompt in PROMPTS]
@@ -96,15 +99,16 @@ def drafted_logits(target: Target, drafter: Any) -> tuple[torch.Tensor, torch.Te
     return torch.stack(policy.seen), torch.stack(wanted)
 
 
-def test_decoding_computes_what_training_does(target):
-    ours, wanted = drafted_logits(target, trained_briefly(target))
+@pytest.mark.parametrize("draft_in", ["verifying_call", "own_pass"])
+def test_decoding_computes_what_training_does(target, draft_in):
+    ours, wanted = drafted_logits(target, trained_briefly(target, draft_in))
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-10)
 
 
 def test_control_the_state_of_another_accepted_token_breaks_the_identity(target, monkeypatch):
     first = lambda output: {block: states[0, 0] for block, states in output.hidden_BTD.items() if states.shape[1]}  # noqa: E731
     monkeypatch.setattr(transfer_proposer, "_last", first)
-    ours, wanted = drafted_logits(target, trained_briefly(target))
+    ours, wanted = drafted_logits(target, trained_briefly(target, "own_pass"))
     assert float((ours - wanted).abs().max()) > 1e-2
 
 
@@ -120,12 +124,63 @@ def test_greedy_replay_takes_the_rounds_of_the_loop(target, num_draft_tokens):
     assert wrong != pytest.approx([len(g.rounds) for g in found])
 
 
-def test_every_pass_is_in_the_ledger(target):
-    """The blocks that pseudo states pass, in two parts, and the maps; bytes are counted by hand."""
+def shifted(row: int, states_MD: torch.Tensor, *, drafter: Any) -> torch.Tensor:
+    """The wrong variant: each chain of rows is made of another node's state."""
+    return drafter.pseudo(row, states_MD.roll(1, dims=0))
+
+
+def test_control_rows_of_another_node_break_the_identity(target, monkeypatch):
+    drafter = trained_briefly(target)
+    monkeypatch.setattr(
+        transfer_proposer.HiddenTransferProposer, "entering", lambda _, *given: shifted(*given, drafter=drafter)
+    )
+    ours, wanted = drafted_logits(target, drafter)
+    assert float((ours[:3] - wanted[:3]).abs().max()) < 1e-10  # the first round has a pass of its own
+    assert float((ours - wanted).abs().max()) > 1e-2
+
+
+def with_and_without_rows(target: Target, drafter: Any) -> float:
+    """Return the largest difference that the rows make to logits and states of a tree's nodes, of two sequences."""
+    prompts, nodes, parents = [[5, 6, 7], [8, 9]], [[3, 4, 5, 6], [7, 8]], [[-1, 0, 0, 1], [-1, 0]]
+    needs = TargetNeeds(logits=True, hidden=(2,), final=True)
+    found = []
+    for rows in (False, True):
+        lm = CachedLM(target.model, name="target")
+        lm.begin(prompts)
+        if rows:
+            drafter.proposer(target).share(lm)
+        seen = lm.forward(nodes, parents=parents, needs=needs)
+        lm.keep([[0, 2], [0]])
+        found.append([torch.cat([one.logits_BTV[0], one.final_BTD[0], one.hidden_BTD[2][0]], dim=-1) for one in seen])
+        found[-1].append(lm.step([1, 2]))
+    return max(float((one - other).abs().max()) for one, other in zip(*found, strict=True))
+
+
+def test_rows_of_the_verifying_call_change_nothing_at_its_nodes_nor_after_them(target, monkeypatch):
+    drafter = trained_briefly(target)
+    assert with_and_without_rows(target, drafter) < 1e-10
+    # The control: rows that are put into the places of nodes.
+    entering = rows_beside._entering
+    monkeypatch.setattr(
+        rows_beside, "_entering", lambda model, added, sizes, *, width: entering(model, added, [0, 1], width=width)
+    )
+    assert with_and_without_rows(target, drafter) > 1e-3
+
+
+def test_drafting_in_the_verifying_call_has_the_rows_of_every_node_in_it(target):
     drafter, ledger = trained_briefly(target), Ledger()
-    (generation,) = decoded(target, drafter, prompts=PROMPTS[2:], listener=None)
-    proposer = drafter.proposer(target, ledger.append)
-    decode(target, proposer, policy=CHAIN, prompts=PROMPTS[2:], new=NEW, stop_tokens=(), listener=ledger.append)
+    (generation,) = decoded(target, drafter, prompts=PROMPTS[2:], listener=ledger.append)
+    assert ledger.calls("target") == len(generation.rounds)
+    assert ledger.calls("target's last blocks") == 2, "the first round alone has a pass of its own"
+    nodes = [1 + one.num_draft_tokens for one in generation.rounds]
+    assert [one.shape.num_tokens for one in ledger.rounds("target")] == [4 * count for count in nodes]
+    assert [one.shape.head_rows for one in ledger.rounds("target")] == [4 * count for count in nodes]
+
+
+def test_every_pass_of_its_own_is_in_the_ledger(target):
+    """The blocks that pseudo states pass, in two parts, and the maps; bytes are counted by hand."""
+    drafter, ledger = trained_briefly(target, "own_pass"), Ledger()
+    (generation,) = decoded(target, drafter, prompts=PROMPTS[2:], listener=ledger.append)
     drafting = sum(one.num_draft_tokens > 0 for one in generation.rounds)
     passes = ledger.rounds("target's last blocks")
     assert len(passes) == ledger.calls("drafter") == 2 * drafting

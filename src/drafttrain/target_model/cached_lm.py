@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from drafttrain.target_model.part import Part
 from drafttrain.target_model.positions import position_limit
 from drafttrain.target_model.ragged_cache import RaggedCache, Tree
 from drafttrain.target_model.rolling_back import refuse_states_that_cannot_roll_back, window_of
+from drafttrain.target_model.rows_beside import RowsBeside, read_with_rows
 from drafttrain.target_model.sublayers import Skipped, Sublayers
 
 MASKED_ATTENTION = ("sdpa", "eager")
@@ -65,6 +67,8 @@ class CachedLM:
         """The cache of all blocks, or of those from the split on."""
         self._first_cache: RaggedCache | None = None
         """The cache of the blocks before the split."""
+        self.rows_beside: RowsBeside | None = None
+        """Rows that a proposer adds to every call over trees."""
 
     @property
     def lengths(self) -> list[int]:
@@ -156,6 +160,9 @@ class CachedLM:
             )
         running = range(self.split if states and self.split else 0, self._num_layers)
         part = self._blocks(running, entering=[one.hidden_ND for one in states] or None)
+        if self.rows_beside is not None and parents is not None:
+            read = partial(self._read, needs=needs, part=part)
+            return read_with_rows(read, self.model, self.rows_beside, tokens, parents)
         return self._read(tokens, parents=parents, needs=needs, part=part, embedded=embedded, prefill=prefill)
 
     def run_first_blocks(self, tokens: Sequence[Sequence[int]]) -> list[LayerState]:

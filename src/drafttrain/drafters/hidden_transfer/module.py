@@ -31,6 +31,8 @@ from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.logits import head_of
 from drafttrain.target_model.matrix_products import head_parameters, query_width
 
+DRAFT_IN = ("verifying_call", "own_pass")
+
 
 @drafters.register("hidden_transfer", HiddenTransferSettings)
 class HiddenTransferDrafter(Drafter):
@@ -53,7 +55,13 @@ No serving engine adds rows to a target's inner blocks; these figures are from t
     drafttrain eval DRAFTER --target TARGET"""
 
     def __init__(
-        self, target: Target, *, layers: Sequence[int], train_steps: str = "in_turn", draft: str = "sampled"
+        self,
+        target: Target,
+        *,
+        layers: Sequence[int],
+        train_steps: str = "in_turn",
+        draft_in: str = "verifying_call",
+        draft: str = "sampled",
     ) -> None:
         super().__init__()
         width = _width(target)
@@ -62,6 +70,7 @@ No serving engine adds rows to a target's inner blocks; these figures are from t
             nn.init.zeros_(weight)
         self.layers = list(layers)
         self.train_steps = train_steps
+        self.draft_in = draft_in
         self.draft = draft
         self._model = (target.model,)
         self._fingerprint = target.fingerprint
@@ -76,7 +85,13 @@ No serving engine adds rows to a target's inner blocks; these figures are from t
                 "drafter.kind is 'hidden_transfer' but target.model is null: its blocks and its head are the target's"
             )
         layers = layers_of(settings.layers, num_steps=settings.num_steps, num_blocks=len(blocks(target.model)))
-        drafter = cls(target, layers=layers, train_steps=settings.train_steps, draft=settings.draft)
+        drafter = cls(
+            target,
+            layers=layers,
+            train_steps=settings.train_steps,
+            draft_in=settings.draft_in,
+            draft=settings.draft,
+        )
         return drafter.double() if target.model.dtype == torch.float64 else drafter
 
     @classmethod
@@ -177,6 +192,7 @@ No serving engine adds rows to a target's inner blocks; these figures are from t
             "hidden_size": self.maps[0].in_features,
             "layers": self.layers,
             "train_steps": self.train_steps,
+            "draft_in": self.draft_in,
             "target_fingerprint": self._fingerprint,
         }
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -202,7 +218,12 @@ No serving engine adds rows to a target's inner blocks; these figures are from t
                 raise CheckpointError(
                     f"{path}: {key} is {config.get(key)!r:.80}, {target.name} has {wanted!r}: use the target that it was trained in"
                 )
-        drafter = cls(target, layers=layers, train_steps=str(config.get("train_steps", "in_turn")))
+        if config.get("draft_in") not in DRAFT_IN:
+            raise CheckpointError(
+                f"{path}: draft_in must be {' or '.join(DRAFT_IN)}, got {config.get('draft_in')!r:.60}"
+            )
+        train_steps = str(config.get("train_steps", "in_turn"))
+        drafter = cls(target, layers=layers, train_steps=train_steps, draft_in=config["draft_in"])
         drafter.to(target.device, getattr(torch, dtype) if isinstance(dtype, str) else dtype or target.model.dtype)
         load_into(drafter, folder / "model.safetensors")
         return drafter.eval()

@@ -25,6 +25,11 @@ class HiddenTransferSettings:
         help="in_turn: the maps are trained one after another, each for an equal part of train.max_steps, as in the paper; "
         "together: all in every step.",
     )
+    draft_in: Literal["verifying_call", "own_pass"] = setting(
+        "verifying_call",
+        help="verifying_call: every node of a draft has pseudo states in the call that verifies it, as in the paper; own_pass: the last "
+        "accepted token has them in a pass of its own.",
+    )
     draft: Literal["sampled", "greedy"] = setting(
         "sampled",
         help="At temperature > 0: a draw from each draft token's distribution, or its argmax (then nodes are FIXED).",
