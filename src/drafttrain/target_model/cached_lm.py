@@ -32,10 +32,9 @@ from drafttrain.target_model.ragged_cache import RaggedCache, Tree
 from drafttrain.target_model.rolling_back import refuse_states_that_cannot_roll_back, window_of
 from drafttrain.target_model.rows_beside import RowsBeside, read_with_rows
 from drafttrain.target_model.sublayers import Skipped, Sublayers
+from drafttrain.target_model.two_parts import is_same_in_two_parts
 
 MASKED_ATTENTION = ("sdpa", "eager")
-PARTS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest differences, relative to the largest logit, that the rounding of two calls explains."""
 
 
 class CachedLM:
@@ -104,7 +103,7 @@ class CachedLM:
         self.split = layer
         listener, self.listener = self.listener, None
         try:
-            same = self._is_same_in_two_parts()
+            same = is_same_in_two_parts(self, takes_positions=self._takes_positions)
         except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, CheckpointError) as error:
             raise CheckpointError(
                 f"{self.name}: {type(self.model).__name__} cannot be run in two parts at block {layer}: {error}"
@@ -328,22 +327,6 @@ class CachedLM:
             shape = ForwardShape.of(sizes, lengths, num_layers=part.num_layers, head_rows=head_rows)
             self.listener(self._event(shape, part, prefill=prefill, span=span.end()))
         return output, dict(seen)
-
-    def _is_same_in_two_parts(self) -> bool:
-        """Return whether running the first blocks token by token, then the others at once, gives the logits of one call."""
-        if not self._takes_positions:
-            raise CheckpointError("it takes no position_ids")
-        context, nodes = [0, 1, 2], [2, 1, 0]
-        self.begin([context])
-        states = [self.run_first_blocks([[node]])[0].hidden_ND for node in nodes]
-        (parts,) = self.forward([nodes], resume=[LayerState(self.split or 0, torch.cat(states))])
-        self.begin([context])
-        (whole,) = self.forward([nodes])
-        assert parts.logits_BTV is not None
-        assert whole.logits_BTV is not None
-        scale = float(whole.logits_BTV.abs().max())
-        difference = float((parts.logits_BTV - whole.logits_BTV).abs().max())
-        return difference <= PARTS_TOLERANCE[self.model.dtype] * scale
 
     def _positions(
         self, cache: RaggedCache, sizes: Sequence[int], trees: Sequence[Tree | None], *, width: int

@@ -20,8 +20,10 @@ from drafttrain.target_model.ragged_cache import Tree
 class RowsBeside(Protocol):
     """What a proposer adds to the verifying call: a chain of rows after every node, of which no node knows, and which is never kept."""
 
-    layers: Sequence[int]
-    """The block that each row of a chain enters, not falling: what it was before nobody reads. `n`: after the last block."""
+    @property
+    def layers(self) -> Sequence[int]:
+        """The block that each row of a chain enters, not falling: what it was before nobody reads. `n`: after the last block."""
+        ...
 
     def entering(self, row: int, states_MD: Tensor) -> Tensor:
         """Return what enters the block as the row of this number, from the states of the nodes there."""
@@ -54,8 +56,12 @@ def read_with_rows(
     trees = [[*own, *chain] for own, chain in zip(parents, chains, strict=True)]
     with _entering(model, added, sizes, width=max(map(len, whole))):
         seen = read(whole, parents=trees)
-    added.receive([one.each(lambda states, size=size: states[:, size:]) for one, size in zip(seen, sizes, strict=True)])
-    return [one.each(lambda states, size=size: states[:, :size]) for one, size in zip(seen, sizes, strict=True)]
+    added.receive([_part(one, slice(size, None)) for one, size in zip(seen, sizes, strict=True)])
+    return [_part(one, slice(size)) for one, size in zip(seen, sizes, strict=True)]
+
+
+def _part(output: TargetOutput, rows: slice) -> TargetOutput:
+    return output.each(lambda states: states[:, rows])
 
 
 @contextlib.contextmanager
@@ -63,8 +69,9 @@ def _entering(model: Any, added: RowsBeside, sizes: Sequence[int], *, width: int
     """Within this context the rows enter their blocks: before, their states are replaced."""
     stack, device, count = blocks(model), model.device, len(added.layers)
     nodes = [(sequence * width, size, node) for sequence, size in enumerate(sizes) for node in range(size)]
-    node_M = torch.tensor([first + node for first, _, node in nodes]).to(device)
-    first_row_M = torch.tensor([first + size + node * count for first, size, node in nodes]).to(device)
+    # One copy to the device for both.
+    places = [[first + node, first + size + node * count] for first, size, node in nodes]
+    node_M, first_row_M = torch.tensor(places).T.to(device)
 
     def at(block: int) -> Any:
         rows = [row for row, layer in enumerate(added.layers) if layer == block]

@@ -19,6 +19,7 @@ from drafttrain.drafters.decoding_layer import attend
 from drafttrain.drafters.eagle.cache import EagleCache, Path
 from drafttrain.drafters.eagle.decoding import padded
 from drafttrain.drafters.few_rows import product_with
+from drafttrain.drafters.medusa.blocks import ResidualBlocks
 from drafttrain.drafters.tree_draft import DraftNode
 
 
@@ -27,7 +28,7 @@ class ChimeraModel(ChimeraLayers, Protocol):
 
     lm_heads: nn.ModuleList
     fc: nn.Linear
-    blocks: nn.Module
+    blocks: ResidualBlocks
 
     @property
     def num_steps(self) -> int:

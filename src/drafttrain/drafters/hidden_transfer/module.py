@@ -124,7 +124,8 @@ No serving engine adds rows to a target's inner blocks; these figures are from t
 
     def pseudo(self, step: int, states: Tensor) -> Tensor:
         """Return the pseudo state of a step, from 0, in the type of the target's states."""
-        return states + self.maps[step](states.to(self.maps[step].weight.dtype)).to(states.dtype)
+        inputs = states.to(self.maps[step].get_parameter("weight").dtype)
+        return states + self.maps[step](inputs).to(states.dtype)
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the target's final states of every pseudo state."""
@@ -156,7 +157,7 @@ No serving engine adds rows to a target's inner blocks; these figures are from t
         if trained in (None, step):
             return lambda states: self.pseudo(step, states)
         # Its gradient is 0, and there: every process has the gradients of all maps.
-        return lambda states: _without_gradient(self.pseudo(step, states), self.maps[step].weight)
+        return lambda states: _without_gradient(self.pseudo(step, states), self.maps[step].get_parameter("weight"))
 
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Compile the maps; the blocks are the target's."""
@@ -208,7 +209,7 @@ No serving engine adds rows to a target's inner blocks; these figures are from t
         """
         path = folder / "config.json"
         config, num_blocks = read_json(path), len(blocks(target.model))
-        layers = config.get("layers")
+        layers: Any = config.get("layers")
         if not _are_layers(layers, num_blocks=num_blocks):
             raise CheckpointError(
                 f"{path}: layers must be one or more whole numbers of 1..{num_blocks}, not falling, got {layers!r:.60}"

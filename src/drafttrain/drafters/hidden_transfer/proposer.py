@@ -128,10 +128,12 @@ class HiddenTransferProposer:
         num_steps = max(min(one.nodes, one.depth) for one in budgets)
         logits_GKR, states_GKD = self._after(growing, num_steps=num_steps)
         if any(budget.width > 1 for budget in budgets):
-            # Of a sequence that does not draft nothing is read.
-            row_of = [growing.index(number) if number in growing else 0 for number in range(len(budgets))]
+            if len(growing) < len(budgets):
+                # Of a sequence that does not draft nothing is read.
+                row_of = [growing.index(number) if number in growing else 0 for number in range(len(budgets))]
+                logits_GKR, states_GKD = logits_GKR[row_of], states_GKD[row_of]
             trees = self._tree_draft.begin(*round_of)
-            trees.extend_to_the_end(logits_GKR[row_of], states_GKD[row_of])
+            trees.extend_to_the_end(logits_GKR, states_GKD)
             return trees.proposals()
         chains.extend(logits_GKR, states_GKD)
         return chains.proposals()
