@@ -61,6 +61,8 @@ KINDS = {
     "kangaroo": ("drafter={kind: kangaroo}", "loss.kind=forward_kl"),
     "eagle": ("drafter={kind: eagle}", "loss.kind=forward_kl"),
     "eagle3": ("drafter={kind: eagle3, num_steps: 3, draft_vocab_size: 1024}", "loss.kind=lk_hybrid"),
+    "chimera": ("drafter={kind: chimera, draft_vocab_size: 1024}", "loss.kind=forward_kl"),
+    "hidden_transfer": ("drafter={kind: hidden_transfer, train_steps: together}", "loss.kind=forward_kl"),
     "p_eagle": ("drafter={kind: p_eagle, num_layers: 2, num_depths: 5, mask_token_id: 1}", "loss.kind=forward_kl"),
     "dflash": (f"drafter={{kind: dflash, block_size: 6, {OF_BLOCK}}}", "loss.kind=forward_kl"),
     "jetspec": (f"drafter={{kind: dflash, causal: true, block_size: 6, {OF_BLOCK}}}", "loss.kind=forward_kl"),

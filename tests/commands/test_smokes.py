@@ -64,6 +64,8 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
         "tiny_judge": ["target.model=builtin:adder", "head.drafter=builtin:adder_drafter"],
         "kangaroo_llama3.1_8b": [*EMBEDDED, "export.dtype=float32"],
         "medusa_llama3.1_8b": EMBEDDED,
+        "chimera_llama3.1_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
+        "hidden_transfer_llama3.1_8b": [*EMBEDDED, "drafter.layers=[3, 4, 5]"],
         "layer_skip_llama3.1_8b": EMBEDDED,
         "smollm2_layer_skip": [*EMBEDDED, *EMBEDDED_TEXT],
         "eagle3_llama3.1_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],

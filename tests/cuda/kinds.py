@@ -51,6 +51,8 @@ KINDS: dict[str, Kind] = {
         {"kind": "lk_hybrid"},
         {"cache": "states"},
     ),
+    "chimera": Kind({"kind": "chimera", "num_steps": 3, "draft_vocab_size": 128}, {"kind": "ce"}, {"cache": "states"}),
+    "hidden_transfer": Kind({"kind": "hidden_transfer", "num_steps": 3, "layers": [1, 1, 2]}),
     "dflash": Kind(
         {
             **{"kind": "dflash", "num_layers": 1, "taps": [1], "block_size": 4, "anchors": 4, "mask_token_id": 0},

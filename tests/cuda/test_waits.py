@@ -57,6 +57,8 @@ CHAIN = {
     "xpress": Ceiling(3.3, 6),
     "dflash2": Ceiling(6.5, 9.7),
     "mtp": Ceiling(6, 15),
+    "chimera": Ceiling(6, 10),
+    "hidden_transfer": Ceiling(3.5, 4.3),
 }
 """A round of two sequences with four draft tokens each."""
 
@@ -76,6 +78,8 @@ TREE = {
     "xpress": Ceiling(6.5, 9.7),
     "dflash2": Ceiling(6.5, 9.7),
     "mtp": Ceiling(8, 12),
+    "chimera": Ceiling(6, 9.7),
+    "hidden_transfer": Ceiling(3.8, 4.6),
 }
 """A round of two sequences with trees of twelve nodes in three levels."""
 

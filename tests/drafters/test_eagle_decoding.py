@@ -9,6 +9,7 @@ import torch
 
 from drafttrain.drafters import keys_and_values
 from drafttrain.drafters.decoding_layer import TurnTable
+from drafttrain.drafters.eagle.cache import EagleCache
 from drafttrain.drafters.eagle.decoding import DecodingEagle
 from drafttrain.drafters.tree_draft import DraftNode
 from drafttrain.target_model import Target
@@ -134,7 +135,7 @@ def test_a_draft_token_at_the_position_of_its_parent_is_noticed(monkeypatch: pyt
 
 
 def test_a_draft_token_that_attends_to_other_branches_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DecodingEagle, "_path_mask", lambda self, paths, width: None)
+    monkeypatch.setattr(EagleCache, "allowed_on_paths", lambda self, paths, *, width: None)
     assert difference(*models(), CHAIN, count=1) < TOLERANCE[torch.float64]
     assert difference(*models(), TREE, count=1) > 1e-4
 

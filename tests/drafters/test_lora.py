@@ -29,6 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "eagle": {"num_steps": 2, "feature_noise": 0.0},
     "eagle3": {"num_steps": 3, "draft_vocab_size": 100},
     "p_eagle": {"num_layers": 2, "num_depths": 3, "mask_token_id": 0},
+    "chimera": {"num_steps": 3, "draft_vocab_size": 100},
     "mtp": {"init": "random", "num_steps": 2},
     "dflash": BLOCK,
     "domino": {**BLOCK, "gru_hidden_dim": 8, "emb_dim": 4},

@@ -17,7 +17,7 @@ from drafttrain.target_model import Target, TargetSettings
 from tests.export import folders
 from tests.export.trained import learn
 
-KINDS = ("medusa", "eagle", "eagle3", "mtp")
+KINDS = ("medusa", "eagle", "eagle3", "mtp", "chimera")
 
 
 @pytest.fixture(scope="module")

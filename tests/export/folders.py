@@ -20,6 +20,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "eagle": {},
     "eagle3": {"draft_vocab_size": 100},
     "mtp": {"init": "random"},
+    "hidden_transfer": {"num_steps": 2},
+    "chimera": {"draft_vocab_size": 100, "num_steps": 3},
     "p_eagle": {"draft_vocab_size": 100, "num_layers": 2, "num_depths": 3, "mask_token_id": 1},
     "kangaroo": {"exit_layer": 1},
     "domino": {"num_layers": 2, "block_size": 4, "gru_hidden_dim": 8, "emb_dim": 6, "mask_token_id": 1},

@@ -65,6 +65,8 @@ KINDS: list[tuple[str, dict[str, Any], str]] = [
         "ce",
     ),
     ("dspark", {"num_layers": 2, "taps": [1], "block_size": 4, "anchors": 8, "mask_token_id": 0}, "tvd"),
+    ("chimera", {"num_steps": 3, "draft_vocab_size": 100}, "forward_kl"),
+    ("hidden_transfer", {"num_steps": 2}, "forward_kl"),
 ]
 
 

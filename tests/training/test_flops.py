@@ -123,6 +123,7 @@ EXACT = [
     ("eagle3", "forward_kl", {"num_steps": 1, "draft_vocab_size": 120}),
     ("eagle3", "forward_kl", {"num_steps": 1, "fc_norm": True}),
     ("mtp", "ce", {"init": "random", "num_steps": 2}),
+    ("chimera", "ce", {"num_steps": 2, "draft_vocab_size": 120}),
 ]
 
 

@@ -70,7 +70,7 @@ class DraftsInTarget(Protocol):
     """
 
     def share(self, target: Any) -> None:
-        """Store the verifying target's `CachedLM`. Called before `begin`."""
+        """Store the verifying target's `CachedLM`, and set its `rows_beside` to add rows to its calls. Called before `begin`."""
         ...
 
 

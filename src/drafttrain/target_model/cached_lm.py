@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,35 +22,19 @@ from drafttrain.core.generations import ForwardEvent, ForwardShape
 from drafttrain.core.proposals import LayerState
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
-from drafttrain.core.weights import Weights
 from drafttrain.target_model.anatomy import taps, trunk
 from drafttrain.target_model.block_range import block_range
 from drafttrain.target_model.grouped_attention import GroupedAttention
 from drafttrain.target_model.model_weights import ModelWeights
+from drafttrain.target_model.part import Part
 from drafttrain.target_model.positions import position_limit
 from drafttrain.target_model.ragged_cache import RaggedCache, Tree
 from drafttrain.target_model.rolling_back import refuse_states_that_cannot_roll_back, window_of
+from drafttrain.target_model.rows_beside import RowsBeside, read_with_rows
 from drafttrain.target_model.sublayers import Skipped, Sublayers
+from drafttrain.target_model.two_parts import is_same_in_two_parts
 
 MASKED_ATTENTION = ("sdpa", "eager")
-PARTS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest differences, relative to the largest logit, that the rounding of two calls explains."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """The part of a model that a call runs."""
-
-    name: str
-    """Of the call, in the ledger."""
-    caches: Sequence[RaggedCache]
-    context: AbstractContextManager[None]
-    """In which the model runs only this part."""
-    num_layers: int
-    running: range | None = None
-    """The blocks; None: all."""
-    without: Weights = Weights()
-    """Of sublayers in these blocks that do not run."""
 
 
 class CachedLM:
@@ -81,6 +66,8 @@ class CachedLM:
         """The cache of all blocks, or of those from the split on."""
         self._first_cache: RaggedCache | None = None
         """The cache of the blocks before the split."""
+        self.rows_beside: RowsBeside | None = None
+        """Rows that a proposer adds to every call over trees."""
 
     @property
     def lengths(self) -> list[int]:
@@ -116,7 +103,7 @@ class CachedLM:
         self.split = layer
         listener, self.listener = self.listener, None
         try:
-            same = self._is_same_in_two_parts()
+            same = is_same_in_two_parts(self, takes_positions=self._takes_positions)
         except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, CheckpointError) as error:
             raise CheckpointError(
                 f"{self.name}: {type(self.model).__name__} cannot be run in two parts at block {layer}: {error}"
@@ -172,6 +159,9 @@ class CachedLM:
             )
         running = range(self.split if states and self.split else 0, self._num_layers)
         part = self._blocks(running, entering=[one.hidden_ND for one in states] or None)
+        if self.rows_beside is not None and parents is not None:
+            read = partial(self._read, needs=needs, part=part)
+            return read_with_rows(read, self.model, self.rows_beside, tokens, parents)
         return self._read(tokens, parents=parents, needs=needs, part=part, embedded=embedded, prefill=prefill)
 
     def run_first_blocks(self, tokens: Sequence[Sequence[int]]) -> list[LayerState]:
@@ -208,6 +198,27 @@ class CachedLM:
             without=self._weights.of_sublayers(*sublayers.modules(skipped)),
         )
         return self._read(tokens, parents=parents, needs=needs or TargetNeeds(logits=True), part=part)
+
+    def read_last_blocks(
+        self, entering: Sequence[Tensor | None], *, running: range, needs: TargetNeeds
+    ) -> list[TargetOutput]:
+        """Run some blocks on states of tokens after the kept ones; the model's own cache stays as it is.
+
+        Args:
+            entering: By sequence, states_ND that enter block `running.start`; None: it takes no part.
+        """
+        some = next(states for states in entering if states is not None)
+        given = [some[:0] if states is None else states for states in entering]
+        entering_BND = padded_rows(given, max(map(len, given)))
+        part = Part(
+            f"{self.name}'s last blocks",
+            caches=[self.cache.beside(layers=slice(running.start, running.stop))],
+            context=block_range(self.model, running, entering_BND=entering_BND),
+            num_layers=len(running),
+            running=running,
+        )
+        # The blocks before these do not run, so the tokens do not matter.
+        return self._read([[0] * len(states) for states in given], parents=None, needs=needs, part=part)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Read and keep one token of every sequence; return logits_BV after it."""
@@ -316,22 +327,6 @@ class CachedLM:
             shape = ForwardShape.of(sizes, lengths, num_layers=part.num_layers, head_rows=head_rows)
             self.listener(self._event(shape, part, prefill=prefill, span=span.end()))
         return output, dict(seen)
-
-    def _is_same_in_two_parts(self) -> bool:
-        """Return whether running the first blocks token by token, then the others at once, gives the logits of one call."""
-        if not self._takes_positions:
-            raise CheckpointError("it takes no position_ids")
-        context, nodes = [0, 1, 2], [2, 1, 0]
-        self.begin([context])
-        states = [self.run_first_blocks([[node]])[0].hidden_ND for node in nodes]
-        (parts,) = self.forward([nodes], resume=[LayerState(self.split or 0, torch.cat(states))])
-        self.begin([context])
-        (whole,) = self.forward([nodes])
-        assert parts.logits_BTV is not None
-        assert whole.logits_BTV is not None
-        scale = float(whole.logits_BTV.abs().max())
-        difference = float((parts.logits_BTV - whole.logits_BTV).abs().max())
-        return difference <= PARTS_TOLERANCE[self.model.dtype] * scale
 
     def _positions(
         self, cache: RaggedCache, sizes: Sequence[int], trees: Sequence[Tree | None], *, width: int

@@ -40,7 +40,7 @@ class ModelWeights:
             cache_bytes: Of one token of one sequence, over these blocks.
             without: The weights of sublayers that do not run (`of_sublayers`).
         """
-        blocks = blocks or range(len(self._by_block))
+        blocks = range(len(self._by_block)) if blocks is None else blocks
         running = self._of_blocks(blocks) - (without or Weights())
         work = running.read(shape.num_tokens, pairs=shape.pairs)
         if shape.head_rows:

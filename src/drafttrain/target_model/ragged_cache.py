@@ -159,7 +159,13 @@ class RaggedCache:
             layer.select(rows_B, columns_BW)
         self._fit(width)
 
-    def beside(self, without: Collection[int] = (), *, visible: Sequence[int] | None = None) -> RaggedCache:
+    def beside(
+        self,
+        without: Collection[int] = (),
+        *,
+        visible: Sequence[int] | None = None,
+        layers: slice = slice(None),
+    ) -> RaggedCache:
         """Return a cache for tokens that are read after the kept ones and never kept: this one stays as it is.
 
         Its columns are unused ones of the same memory. It is valid until this cache is changed.
@@ -167,9 +173,10 @@ class RaggedCache:
         Args:
             without: Layers that no call reads.
             visible: By sequence, the first cached tokens that the new ones follow and attend to; None: all.
+            layers: Those that calls read.
         """
         assert self.lengths == self.kept, "keep or drop the pending tokens first"
-        cache = RaggedCache(len(self.lengths))
+        cache = RaggedCache(len(self.lengths), layers=layers)
         cache.hf = self.hf.beside(without)
         cache.lengths = list(self.lengths if visible is None else visible)
         cache.kept, cache.columns = list(cache.lengths), self.columns

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from drafttrain.drafters.keys_and_values import KeysAndValues
 
+Path = list[int]
+"""The draft columns that a draft token attends to: those of its ancestors and its own."""
+
 
 class EagleCache:
     """Committed slots come from the target's own features and stay; draft tokens stand after them for one round."""
@@ -61,6 +64,23 @@ class EagleCache:
         """Return allowed_BNC: for each of `width` slots from `starts` on, the columns up to and including the slot."""
         last_BN = torch.tensor(list(starts))[:, None] + torch.arange(width)
         return torch.arange(self.width) <= last_BN[:, :, None]
+
+    def allowed_on_paths(self, paths: Sequence[Sequence[Path]], *, width: int) -> Tensor | None:
+        """Return allowed_BNC: the committed slots of each sequence, and the path of each of its new draft tokens.
+
+        None: each attends to all columns.
+
+        Args:
+            paths: Of the draft tokens of each sequence, at most `width`.
+        """
+        columns = self.num_draft_columns
+        if self.is_full and all(len(of) == width and all(len(one) == columns for one in of) for of in paths):
+            return None
+        # Padding attends to the first draft column, because a softmax needs at least one. Nobody reads its output.
+        padded = [[*of, *[[0]] * (width - len(of))] for of in paths]
+        path_BNP = torch.tensor([[[column in one for column in range(columns)] for one in of] for of in padded])
+        text_BNC = self.committed_before([length - 1 for length in self.lengths], width=1)
+        return torch.cat([text_BNC.expand(-1, width, -1), path_BNP], dim=-1)
 
     def select(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences, in this order."""

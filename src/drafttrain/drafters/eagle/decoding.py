@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 
 from drafttrain.drafters.decoding_layer import attend
-from drafttrain.drafters.eagle.cache import EagleCache
+from drafttrain.drafters.eagle.cache import EagleCache, Path
 from drafttrain.drafters.eagle.model import EagleModel
 from drafttrain.drafters.tree_draft import DraftNode
-
-Path = list[int]
-"""The draft columns that a draft token attends to: those of its ancestors and its own."""
 
 
 class DecodingEagle:
@@ -68,11 +65,17 @@ class DecodingEagle:
         states_FD = torch.stack([node.state_D for of in frontiers for node in of if node.state_D is not None])
         tokens = [[node.token for node in frontier] for frontier in frontiers]
         positions = [
-            _padded([length - 1 + node.depth for node in frontier], width)
+            padded([length - 1 + node.depth for node in frontier], width)
             for length, frontier in zip(self.cache.lengths, frontiers, strict=True)
         ]
         hidden_BND = _by_sequence(self._model.fed_back(states_FD), [len(one) for one in tokens], width)
-        return self._read(tokens, positions, hidden_BND, self.cache.add_drafts, lambda: self._path_mask(paths, width))
+        return self._read(
+            tokens,
+            positions,
+            hidden_BND,
+            self.cache.add_drafts,
+            lambda: self.cache.allowed_on_paths(paths, width=width),
+        )
 
     def num_drafts(self) -> list[int]:
         """Return the draft tokens read so far, by sequence."""
@@ -104,7 +107,7 @@ class DecodingEagle:
         """
         width = hidden_BND.shape[1]
         # One copy to the device for both.
-        placed = [[_padded(one, width) for one in tokens], [list(one) for one in positions]]
+        placed = [[padded(one, width) for one in tokens], [list(one) for one in positions]]
         tokens_BN, positions_BN = torch.tensor(placed).to(self._device)
         embedded_BND = self._model.embed_at(tokens_BN, positions_BN)
         inputs_BNX, residual_BND = self._model.entering(embedded_BND, hidden_BND)
@@ -114,19 +117,18 @@ class DecodingEagle:
         attended = attend(query, keys, values, None if allowed_BNC is None else allowed_BNC.to(self._device))
         return self._layer.finish(attended, residual_BND)
 
-    def _path_mask(self, paths: Sequence[Sequence[Path]], width: int) -> Tensor | None:
-        """Return allowed_BNC: the committed slots of each sequence, and the path of each of its new draft tokens."""
-        columns = self.cache.num_draft_columns
-        if self.cache.is_full and all(len(of) == width and all(len(one) == columns for one in of) for of in paths):
-            return None
-        # Padding attends to the first draft column, because a softmax needs at least one. Nobody reads its output.
-        padded = [[*of, *[[0]] * (width - len(of))] for of in paths]
-        path_BNP = torch.tensor([[[column in one for column in range(columns)] for one in of] for of in padded])
-        text_BNC = self.cache.committed_before([length - 1 for length in self.cache.lengths], width=1)
-        return torch.cat([text_BNC.expand(-1, width, -1), path_BNP], dim=-1)
+
+def rows_at(states_BND: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
+    """Return the rows at (sequence, node): a slice if they are consecutive, else with one copy of the index."""
+    width = states_BND.shape[1]
+    flat = [number * width + node for number, node in places]
+    if flat[-1] - flat[0] == len(flat) - 1:
+        return states_BND.flatten(0, 1)[flat[0] : flat[-1] + 1]
+    return states_BND.flatten(0, 1).index_select(0, torch.tensor(flat).to(states_BND.device))
 
 
-def _padded(numbers: Sequence[int], width: int) -> list[int]:
+def padded(numbers: Sequence[int], width: int) -> list[int]:
+    """Return the numbers, followed by zeros."""
     return [*numbers, *[0] * (width - len(numbers))]
 
 

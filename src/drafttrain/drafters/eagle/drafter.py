@@ -36,7 +36,7 @@ class EagleDrafter(Drafter):
     """Settings of training and drafting, stored in config.json under `drafttrain`; engines ignore them."""
     recomputes = True
     compiles = True
-    adapted_in = ("fc", "layers", "midlayer", "block")
+    adapted_in: ClassVar[tuple[str, ...]] = ("fc", "layers", "midlayer", "block")
     reads_slots: ClassVar[bool] = True
     fc: nn.Linear
     _parts: TargetParts

@@ -7,7 +7,6 @@ features, or rows of a tree's frontiers, D = hidden, R = the drafter's vocabular
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import count
 
 import torch
 from torch import Tensor
@@ -19,12 +18,13 @@ from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetOutput
 from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
-from drafttrain.drafters.chain_draft import ChainDraft, Chains
+from drafttrain.drafters.chain_draft import ChainDraft
 from drafttrain.drafters.eagle.cache import EagleCache
-from drafttrain.drafters.eagle.decoding import DecodingEagle
+from drafttrain.drafters.eagle.decoding import DecodingEagle, rows_at
+from drafttrain.drafters.eagle.levels import drafted_chains, drafted_trees
 from drafttrain.drafters.eagle.model import EagleModel
 from drafttrain.drafters.eagle.unread import UnreadText
-from drafttrain.drafters.tree_draft import DraftNode, TreeDraft, Trees
+from drafttrain.drafters.tree_draft import DraftNode, TreeDraft
 
 
 class EagleProposer:
@@ -88,44 +88,14 @@ class EagleProposer:
         budgets = [budget if size else budget.within(0) for budget, size in zip(budgets, sizes, strict=True)]
         round_of = (self._contexts, budgets, sampling, generators, more)
         if any(budget.width > 1 for budget in budgets):
-            proposals = self._trees(self._tree_draft.begin(*round_of))
+            proposals = drafted_trees(self._tree_draft.begin(*round_of), self._read_next)
         else:
-            proposals = self._chains(self._draft.begin(*round_of))
+            proposals = drafted_chains(self._draft.begin(*round_of), self._read_next)
         self._layer.forget_drafts()
         return proposals
 
-    def _chains(self, chains: Chains) -> list[Proposal]:
-        """Return one chain per sequence; each call of the layer gives all of them one more token."""
-        frontiers: list[list[DraftNode]] = []
-        for depth in count(1):
-            growing = chains.growing
-            if not growing:
-                break
-            logits_NR, states_ND = self._read_next(growing, frontiers)
-            chains.extend(logits_NR[:, None], states_ND[:, None])
-            state_of = dict(zip(growing, states_ND.unbind(), strict=True))
-            frontiers = [
-                [DraftNode(token, depth, depth - 2, state_of[number]) for token in tokens]
-                for number, tokens in enumerate(chains.inputs)
-            ]
-        return chains.proposals()
-
-    def _trees(self, trees: Trees) -> list[Proposal]:
-        """Return one tree per sequence; each call of the layer reads the nodes of all frontiers."""
-        frontiers: list[list[DraftNode]] = []
-        while growing := trees.growing:
-            logits_NR, states_ND = self._read_next(growing, frontiers)
-            trees.extend(logits_NR, states_ND)
-            frontiers = trees.frontiers
-        return trees.proposals()
-
     def _read_next(self, growing: Sequence[int], frontiers: Sequence[Sequence[DraftNode]]) -> tuple[Tensor, Tensor]:
-        """Return (logits_NR, states_ND) after each frontier node of each sequence.
-
-        Args:
-            growing: The sequences that draft.
-            frontiers: By sequence, the draft tokens to read; empty at the start of a round: the committed text is read.
-        """
+        """Return (logits_NR, states_ND) after each frontier node of each sequence (see `ReadNext`)."""
         return self._read_drafts(frontiers) if frontiers else self._read_text(growing)
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
@@ -144,7 +114,7 @@ class EagleProposer:
         sizes = [size if number in growing else 0 for number, size in enumerate(self._unread.sizes)]
         lengths = self._cache.lengths
         states_BND = self._read(sizes)
-        last_ND = self._rows(states_BND, [(number, sizes[number] - 1) for number in growing])
+        last_ND = rows_at(states_BND, [(number, sizes[number] - 1) for number in growing])
         logits_NR = self._layer.head(last_ND)
         self._report(sizes, lengths, fused=True, head_rows=len(last_ND), span=span)
         return logits_NR, last_ND
@@ -157,20 +127,10 @@ class EagleProposer:
             length + drafts for length, drafts in zip(self._cache.lengths, self._layer.num_drafts(), strict=True)
         ]
         states_BND = self._layer.read_drafts(frontiers)
-        states_ND = self._rows(
-            states_BND, [(number, node) for number, size in enumerate(sizes) for node in range(size)]
-        )
+        states_ND = rows_at(states_BND, [(number, node) for number, size in enumerate(sizes) for node in range(size)])
         logits_NR = self._layer.head(states_ND)
         self._report(sizes, lengths, fused=False, head_rows=len(states_ND), span=span)
         return logits_NR, states_ND
-
-    def _rows(self, states_BND: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
-        """Return the rows at (sequence, node): a slice if they are consecutive, else with one copy of the index."""
-        width = states_BND.shape[1]
-        flat = [number * width + node for number, node in places]
-        if flat[-1] - flat[0] == len(flat) - 1:
-            return states_BND.flatten(0, 1)[flat[0] : flat[-1] + 1]
-        return states_BND.flatten(0, 1).index_select(0, torch.tensor(flat).to(states_BND.device))
 
     def _read(self, sizes: Sequence[int]) -> Tensor:
         """Read the first unread slots of every sequence into the cache; return states_BND."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from drafttrain.core.weights import Weights, weights_of
 from drafttrain.drafters.few_rows import Product, head_product
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import final_norm
-from drafttrain.target_model.logits import head_logits, head_of
+from drafttrain.target_model.logits import finisher, head_logits, head_of
 from drafttrain.target_model.matrix_products import head_parameters
 
 
@@ -56,6 +57,11 @@ class TargetParts:
         """Return `head`, with its weights prepared for few rows."""
         product, dtype = head_product(self._model), self._model.get_output_embeddings().weight.dtype
         return lambda states_ND: product(states_ND.to(dtype))
+
+    @property
+    def finish(self) -> Callable[[Tensor], Tensor] | None:
+        """The elementwise scale or soft cap of the head's logits; None: there is none."""
+        return finisher(self._model.config.get_text_config())
 
     def head_rows(self, ids_R: Tensor) -> Tensor:
         """Return the head's rows for these token ids."""
