@@ -38,6 +38,7 @@ def smoked(name: str) -> object:
             "tiny_dflash2",
             "tiny_xpress",
             "tiny_distillspec_greedy",
+            "tiny_matformer",
         }
     )
     return pytest.param(name, marks=[pytest.mark.slow] if long else [])
@@ -56,6 +57,8 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
             "data.generate.backend={kind: builtin}",
             "train.precision=fp32",
         ],
+        "sorted_qwen3_8b_0.6b": [*EMBEDDED, "drafter.checkpoint=builtin:drafter", "drafter.exits=[1]"],
+        "matformer_qwen3_8b_0.6b": [*EMBEDDED, "drafter.checkpoint=builtin:drafter"],
         "tiny_judge": ["target.model=builtin:adder", "head.drafter=builtin:adder_drafter"],
         "kangaroo_llama3.1_8b": [*EMBEDDED, "export.dtype=float32"],
         "medusa_llama3.1_8b": EMBEDDED,

@@ -65,6 +65,8 @@ KINDS: list[tuple[str, dict[str, Any], str]] = [
         "ce",
     ),
     ("dspark", {"num_layers": 2, "taps": [1], "block_size": 4, "anchors": 8, "mask_token_id": 0}, "tvd"),
+    ("sorted_lm", {"hidden_size": 48, "num_heads": 3, "num_layers": 2}, "forward_kl"),
+    ("matformer", {"hidden_size": 48, "num_heads": 3, "num_layers": 2, "distill": 0.5}, "forward_kl"),
 ]
 
 
