@@ -1,6 +1,7 @@
 """`import`, `extract` and `serve-config`: drafters of other trainers, parts of nested ones, and how a drafter is served."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import typer
@@ -38,9 +39,7 @@ def import_drafter(
 ) -> None:
     """Convert a drafter of another trainer into a drafter folder, to train, evaluate or export it."""
     with exit_codes(debug=debug):
-        from drafttrain.commands.import_drafter import import_drafter
-
-        import_drafter(existing_folder(folder), target=target, out=out)
+        _commands().import_drafter.import_drafter(existing_folder(folder), target=target, out=out)
 
 
 def extract(
@@ -67,9 +66,7 @@ def extract(
 ) -> None:
     """Write a sub-model of a nested drafter as a drafter of kind causal_lm, which every format holds."""
     with exit_codes(debug=debug):
-        from drafttrain.commands.extract import extract
-
-        extract(str(existing_folder(Path(drafter))), out, num_layers=layers, widths=ffn or None)
+        _commands().extract.extract(str(existing_folder(Path(drafter))), out, num_layers=layers, widths=ffn or None)
 
 
 def serve_config(
@@ -83,6 +80,11 @@ def serve_config(
 ) -> None:
     """Print the command that serves a drafter, with the draft length that its evaluation found best."""
     with exit_codes(debug=debug):
-        from drafttrain.commands.serve_config import serve_command
+        typer.echo(_commands().serve_config.serve_command(existing_folder(drafter), engine, target=target))
 
-        typer.echo(serve_command(existing_folder(drafter), engine, target=target))
+
+def _commands() -> SimpleNamespace:
+    """Return the modules of these commands, which need torch."""
+    from drafttrain.commands import extract, import_drafter, serve_config
+
+    return SimpleNamespace(extract=extract, import_drafter=import_drafter, serve_config=serve_config)
