@@ -40,7 +40,7 @@ LAYERS = (1, 2, 4)
 NEURONS, QUARTER = 256, 64
 TARGETS = ("builtin:target", "builtin:drafter")
 EVALUATION = {
-    **{"num_prompts": 32, "max_new_tokens": 64, "speed_prompts": 0, "temperatures": [0, 1]},
+    **{"max_new_tokens": 64, "speed_prompts": 0, "temperatures": [0, 1]},
     "length": FixedLengthSettings(5),
 }
 FEWER = ["eval.num_prompts=2", "eval.max_new_tokens=8", "eval.speed_prompts=0", "eval.start=false", "export.require={}"]
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=["depths", "widths"], default=["depths", "widths"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prompts", type=int, default=32, help="test prompts")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for all trainings")
     arguments = parser.parse_intermixed_args()
     torch.set_num_threads(arguments.threads)
@@ -84,7 +85,7 @@ def depths(arguments: argparse.Namespace) -> str:
         for name in TARGETS:
             target = drafttrain.load_target(name)
             chosen[name].append(calibrated_for(nested, target))
-            results[name].append(drafttrain.evaluate(arms, target, **EVALUATION))
+            results[name].append(drafttrain.evaluate(arms, target, num_prompts=arguments.prompts, **EVALUATION))
     lines = [
         "| target | temperature | drafter | block efficiency | MBSU | nested less separate, paired |",
         "|---|---|---|---|---|---|",
@@ -127,7 +128,8 @@ def widths(arguments: argparse.Namespace) -> str:
         for name, drafter in (("nested", quarter), ("separate", folders["small"])):
             beside = [FFNSliceSettings()] if name == "nested" else []
             target = drafttrain.load_target(str(folders[name]))
-            results[name].append(drafttrain.evaluate(drafter, target, beside=beside, **EVALUATION))
+            settings = {"num_prompts": arguments.prompts, "beside": beside, **EVALUATION}
+            results[name].append(drafttrain.evaluate(drafter, target, **settings))
     lines = ["| temperature | pair | block efficiency | alpha by seed | difference, paired |", "|---|---|---|---|---|"]
     nested = results["nested"]
     for number, temperature in enumerate(EVALUATION["temperatures"]):

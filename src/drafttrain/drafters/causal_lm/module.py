@@ -308,11 +308,15 @@ class CausalLMDrafter(Drafter):
         if own.get_vocab() != target.tokenizer.get_vocab():
             other = OtherTokenizer(target.tokenizer, own, target_rows=target.vocab_size, name=str(folder))
             other.check()
+        return cls._of_folder(folder, target, dtype, other)
+
+    @classmethod
+    def _of_folder(cls, folder: Path, target: Target, dtype: Any, other: OtherTokenizer | None = None) -> Self:
         attention = drafter_attention(target.model)
         model = load_causal_lm(folder, dtype=dtype or "float32", attention=attention).eval().to(target.device)
         rows = int(model.get_input_embeddings().weight.shape[0])
         if problem := rows_problem(
-            rows, num_ids(own) if other else target.num_tokens, whose="its own" if other else "the target's"
+            rows, num_ids(other.own) if other else target.num_tokens, whose="its own" if other else "the target's"
         ):
             raise CheckpointError(f"{folder}/config.json: {problem}")
         return cls(model, other=other)

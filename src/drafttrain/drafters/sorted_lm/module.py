@@ -187,9 +187,7 @@ causal_lm, which engines load.
         Raises:
             CheckpointError: The exits are damaged, or have no place in this model.
         """
-        drafter, path = super().load(folder, target, dtype), folder / FILE
-        if drafter.other is not None:
-            raise CheckpointError(f"{folder}: a sorted_lm has the target's tokenizer, this one has another")
+        drafter, path = cls._of_folder(folder, target, dtype), folder / FILE
         held = read_json(path)
         exits, given, thresholds = (held.get(name) for name in ("exits", "given", "thresholds"))
         if not (
