@@ -204,6 +204,7 @@ causal_lm, which engines load.
                 f"{path}: thresholds must be {len(exits) + 1} numbers from 0, for each of exits {exits} and the last layer, got {wrong[0]!r:.60}"
             )
         drafter._choose(exits, given, name=f"{path}: exits")
+        assert isinstance(thresholds, dict), "checked above"
         drafter.thresholds = thresholds
         return drafter
 
