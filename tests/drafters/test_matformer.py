@@ -166,6 +166,7 @@ def test_greedy_output_of_a_slice_is_the_targets_own(target: Target, keys: str) 
     assert {*drafts} == {max(calls) - left_out}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoiled", [False, True])
 def test_sampled_output_of_a_slice_with_shared_keys_has_the_targets_distribution(spoiled: bool) -> None:
     """Control: rows of q that belong to other tokens."""
