@@ -42,6 +42,7 @@ def smoked(name: str) -> object:
             "tiny_dflash2",
             "tiny_xpress",
             "tiny_distillspec_greedy",
+            "tiny_matformer",
         }
     )
     marks = [pytest.mark.slow] if long else [pytest.mark.long] if name in IN_CI else []
@@ -61,6 +62,8 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
             "data.generate.backend={kind: builtin}",
             "train.precision=fp32",
         ],
+        "sorted_qwen3_8b_0.6b": [*EMBEDDED, "drafter.checkpoint=builtin:drafter", "drafter.exits=[1]"],
+        "matformer_qwen3_8b_0.6b": [*EMBEDDED, "drafter.checkpoint=builtin:drafter"],
         "tiny_judge": ["target.model=builtin:adder", "head.drafter=builtin:adder_drafter"],
         "kangaroo_llama3.1_8b": [*EMBEDDED, "export.dtype=float32"],
         "medusa_llama3.1_8b": EMBEDDED,

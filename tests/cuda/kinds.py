@@ -40,6 +40,19 @@ KINDS: dict[str, Kind] = {
         {"kind": "tvdpp", "scope": "batch"},
         GENERATED,
     ),
+    "sorted_lm": Kind(
+        {"kind": "sorted_lm", "num_layers": 2, "exits": [1], "hidden_size": 32, "num_heads": 1}, {"kind": "forward_kl"}
+    ),
+    "matformer": Kind(
+        {
+            "kind": "matformer",
+            "num_layers": 1,
+            "hidden_size": 32,
+            "num_heads": 1,
+            "intermediate_size": 64,
+            "distill": 0.5,
+        }
+    ),
     "medusa": Kind({"kind": "medusa", "num_heads": 2}, {"kind": "ce"}, {"cache": "full"}),
     "medusa2": Kind({"kind": "medusa", "num_heads": 2, "joint": {"lora": {"rank": 2}}}, {"kind": "ce"}),
     "kangaroo": Kind({"kind": "kangaroo", "exit_layer": 1}, {"kind": "forward_kl"}, {"cache": "top_k"}),

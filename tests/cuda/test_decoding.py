@@ -9,7 +9,7 @@ import pytest
 
 from drafttrain.core.registry import Registry
 from drafttrain.core.texts import Sampling
-from drafttrain.drafters import Drafter
+from drafttrain.drafters import Drafter, drafters
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
 from drafttrain.eval.ledger import Ledger
@@ -49,6 +49,10 @@ def decode(target: Target, drafter: Drafter | None, proposer: Any = None, **opti
     assert ledger.calls("target") > 0
 
 
+def component_of(name: str) -> Any:
+    return drafters.entry((KINDS | SEARCHED)[name].drafter["kind"]).component
+
+
 def of_registry(registry: Registry, heads_of: dict[str, str], head: str, name: str) -> Any:
     """Return a member's settings, with a head where it reads one."""
     settings = registry.entry(name).settings
@@ -61,8 +65,8 @@ def test_every_kind_drafts_chains_at_a_temperature(name: str, target: Target, dr
     decode(target, drafter_of(name), sampling=SAMPLED)
 
 
-@pytest.mark.parametrize("name", [name for name in (*KINDS, *SEARCHED) if name != "kangaroo"])
-def test_every_kind_but_kangaroo_drafts_trees(name: str, target: Target, drafter_of: Any) -> None:
+@pytest.mark.parametrize("name", [name for name in (*KINDS, *SEARCHED) if component_of(name).drafts_trees])
+def test_every_kind_but_those_of_chains_drafts_trees(name: str, target: Target, drafter_of: Any) -> None:
     decode(target, drafter_of(name), length=TreeSettings(num_draft_tokens=6, depth=2, width=2))
 
 
@@ -98,3 +102,8 @@ def test_every_kind_is_replayed(name: str, target: Target, drafter_of: Any) -> N
 def test_medusa_is_calibrated(name: str, target: Target, drafter_of: Any) -> None:
     found = drafter_of(name).calibrate(target, [packed().to(target.device)])
     assert found["medusa_tree.json"]["paths"]
+
+
+def test_thresholds_of_exits_are_calibrated(target: Target, drafter_of: Any) -> None:
+    found = drafter_of("sorted_lm").calibrate(target, [packed().to(target.device)])
+    assert len(found["exits.json"]["thresholds"][target.fingerprint]) == 2

@@ -26,6 +26,7 @@ from tests.eval.decoding import decode
 BLOCK = {"num_layers": 2, "taps": [1], "block_size": 4, "anchors": 8, "mask_token_id": 0}
 KINDS: dict[str, dict[str, Any]] = {
     "causal_lm": {"hidden_size": 48, "num_heads": 3, "num_layers": 2},
+    "sorted_lm": {"hidden_size": 48, "num_heads": 3, "num_layers": 2},
     "eagle": {"num_steps": 2, "feature_noise": 0.0},
     "eagle3": {"num_steps": 3, "draft_vocab_size": 100},
     "p_eagle": {"num_layers": 2, "num_depths": 3, "mask_token_id": 0},

@@ -16,6 +16,8 @@ from drafttrain.target_model import Target
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "causal_lm": {"num_layers": 1, "hidden_size": 32, "num_heads": 1},
+    "sorted_lm": {"num_layers": 2, "hidden_size": 32, "num_heads": 1},
+    "matformer": {"num_layers": 1, "hidden_size": 32, "num_heads": 1},
     "medusa": {"num_heads": 3},
     "eagle": {},
     "eagle3": {"draft_vocab_size": 100},

@@ -67,6 +67,8 @@ KINDS: list[tuple[str, dict[str, Any], str]] = [
     ("dspark", {"num_layers": 2, "taps": [1], "block_size": 4, "anchors": 8, "mask_token_id": 0}, "tvd"),
     ("chimera", {"num_steps": 3, "draft_vocab_size": 100}, "forward_kl"),
     ("hidden_transfer", {"num_steps": 2}, "forward_kl"),
+    ("sorted_lm", {"hidden_size": 48, "num_heads": 3, "num_layers": 2}, "forward_kl"),
+    ("matformer", {"hidden_size": 48, "num_heads": 3, "num_layers": 2, "distill": 0.5}, "forward_kl"),
 ]
 
 

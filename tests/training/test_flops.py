@@ -117,6 +117,8 @@ def executed_and_needed(kind: str, loss: str, target: Target, settings: dict[str
 EXACT = [
     ("causal_lm", "ce", {"hidden_size": 48, "num_heads": 3}),
     ("causal_lm", "forward_kl", {"init": "target", "num_layers": 2}),
+    ("sorted_lm", "ce", {"hidden_size": 48, "num_heads": 3, "num_layers": 3, "exits": [1, 2]}),
+    ("matformer", "ce", {"hidden_size": 48, "num_heads": 3}),
     ("kangaroo", "forward_kl", {}),
     ("medusa", "ce", {"num_heads": 3, "num_layers": 2}),
     ("eagle", "ce", {"num_steps": 3}),

@@ -13,6 +13,7 @@ from drafttrain.data_gen.annotate import annotators
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.states import states
 from drafttrain.drafters import drafters
+from drafttrain.drafters.causal_lm.module import CausalLMSettings
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.export import exporters
 from drafttrain.export.settings import ExportSettings
@@ -92,6 +93,10 @@ class Recipe:
         if getattr(self.drafter, "tokenizer", None) is not None and self.train.zero_stage == 3:
             problems.append(
                 "drafter.tokenizer: rows of a head that is partitioned over processes cannot be chosen: use train.deepspeed.stage 0, 1 or 2"
+            )
+        if getattr(self.drafter, "kind", "") == "matformer" and self.train.zero_stage == 3:
+            problems.append(
+                "drafter.kind matformer reads parts of weights, which stage 3 partitions over processes: use train.deepspeed.stage 0, 1 or 2"
             )
         problems += self.eval.problems_with(self.drafter)
         problems += self._confidence()
@@ -187,8 +192,8 @@ class Recipe:
 
     def _pretraining(self) -> Iterator[str]:
         """Yield what pretraining needs and the recipe lacks."""
-        if getattr(self.drafter, "kind", "") != "causal_lm":
-            yield "train.pretrain: only drafter.kind causal_lm is pretrained on plain text"
+        if not isinstance(self.drafter, CausalLMSettings):
+            yield "train.pretrain: only a language model is pretrained on plain text: drafter.kind causal_lm, sorted_lm or matformer"
         plain = [source for source in self.data.sources if getattr(source, "kind", "") != "generated"]
         if not any(getattr(source, "weight", 1.0) for source in plain):
             yield "train.pretrain: needs plain text: a source in data.sources of another kind than generated, with a weight above 0"

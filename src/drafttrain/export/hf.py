@@ -36,6 +36,8 @@ class HuggingFaceExporter(Exporter):
 
     reads: ClassVar[Mapping[str, str]] = {
         "causal_lm": "AutoModelForCausalLM",
+        "sorted_lm": "AutoModelForCausalLM (the last exit), drafttrain",
+        "matformer": "AutoModelForCausalLM",
         "medusa": "MedusaModel",
         "eagle": "EagleLlamaForCausalLM",
         "eagle3": "LlamaForCausalLMEagle3",
@@ -48,7 +50,7 @@ class HuggingFaceExporter(Exporter):
         "dflash2": "drafttrain",
         "xpress": "Qwen3XPressModel",
     }
-    readers = "transformers (causal_lm), vLLM and SGLang (all but kangaroo, mtp, dspark, domino, dflash2 and xpress), drafttrain"
+    readers = "transformers (causal_lm, sorted_lm, matformer), vLLM and SGLang (all but sorted_lm, matformer, kangaroo, mtp, dspark, domino, dflash2 and xpress), drafttrain"
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
         """Return the files unchanged."""

@@ -311,6 +311,8 @@ def _medusa_problems(files: DrafterFiles) -> list[str]:
 
 LAYOUTS: dict[str, tuple[Callable[[Mapping[str, Any]], Shapes], Callable[[DrafterFiles], list[str]]]] = {
     "causal_lm": (_causal_lm_shapes, _no_problems),
+    "sorted_lm": (_causal_lm_shapes, _no_problems),
+    "matformer": (_causal_lm_shapes, _no_problems),
     "medusa": (_medusa_shapes, _medusa_problems),
     "eagle": (_eagle_shapes, _no_problems),
     "eagle3": (_eagle3_shapes, _eagle3_problems),

@@ -21,13 +21,17 @@ from drafttrain.core.registry import components_of
 from drafttrain.data_gen.sources import Versioned, sources
 from drafttrain.data_gen.sources.generated import Generated
 from drafttrain.drafters.causal_lm.layer_parallel import class_problem, layer_problem
+from drafttrain.drafters.causal_lm.module import CausalLMSettings
 from drafttrain.drafters.draft_vocabulary import padding_problems
+from drafttrain.drafters.matformer.module import MatFormerSettings
+from drafttrain.drafters.sorted_lm.module import SortedLMSettings, exit_problems
 from drafttrain.eval.prompts import BUILTIN, Prompts, files_of, prompt_file, read_prompts
 from drafttrain.eval.retrieval.bm25 import NOT_INSTALLED
 from drafttrain.export import exporters
 from drafttrain.export.layout import text_config
 from drafttrain.pipeline.model_parts import ModelParts, NotHere, target_parts
 from drafttrain.target_model.end_tokens import end_of_text_id
+from drafttrain.target_model.first_neurons import share_problem
 from drafttrain.target_model.folder_checks import check_model_files
 from drafttrain.target_model.folders import fingerprint_of
 from drafttrain.target_model.other_tokenizer import OtherTokenizer
@@ -136,8 +140,9 @@ def _of_target(target: ModelParts, recipe: Recipe) -> Iterator[str]:
     yield from _rows(target)
     yield from _sizes(target, recipe)
     yield from _positions(target, recipe)
-    if getattr(recipe.drafter, "kind", "") == "causal_lm" and recipe.drafter.init == "target":
+    if isinstance(recipe.drafter, CausalLMSettings) and recipe.drafter.init == "target":
         yield from _layers_in_parallel(target, recipe, num_layers=recipe.drafter.num_layers)
+    yield from _slices(target, recipe.eval.beside)
     yield from _formats(target, recipe)
     yield from _questions(target, recipe)
     yield from _chats(target, recipe)
@@ -145,6 +150,18 @@ def _of_target(target: ModelParts, recipe: Recipe) -> Iterator[str]:
     for note in (_window(target, recipe), _prompts_of_another_kind(target, recipe)):
         if note:
             say(f"{target.key}: {note}")
+
+
+def _slices(target: ModelParts, proposers: Sequence[Any]) -> Iterator[str]:
+    """Yield the slices of the target that are not a whole number of neurons."""
+    width = getattr(target.config, "intermediate_size", None)
+    for one in proposers:
+        if (
+            getattr(one, "kind", "") == "ffn_slice"
+            and isinstance(width, int)
+            and (why := share_problem(one.share, width))
+        ):
+            yield f"eval.beside: ffn_slice: {why}"
 
 
 def _reads_tokenizer(parts: ModelParts) -> Iterator[str]:
@@ -278,8 +295,13 @@ def _prompts_of_another_kind(target: ModelParts, recipe: Recipe) -> str | None:
 
 def _of_start(drafter: ModelParts, target: ModelParts, recipe: Recipe) -> Iterator[str]:
     """Yield why training cannot start from a drafter folder."""
-    if recipe.drafter.kind == "causal_lm":
+    if isinstance(recipe.drafter, CausalLMSettings):
         drafter.check_causal_lm()
+        if isinstance(recipe.drafter, SortedLMSettings):
+            yield from exit_problems(drafter.config, recipe.drafter.exits)
+        if isinstance(recipe.drafter, MatFormerSettings):
+            found = [share_problem(share, drafter.config.intermediate_size) for share in recipe.drafter.widths]
+            yield from filter(None, found)
         yield from _layers_in_parallel(drafter, recipe, num_layers=drafter.config.num_hidden_layers)
     else:
         check_folder(drafter.folder)

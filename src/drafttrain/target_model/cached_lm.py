@@ -191,11 +191,11 @@ class CachedLM:
             cache: Of these tokens: `self.cache.beside(skipped.attention)`.
         """
         part = Part(
-            f"{self.name} without some sublayers",
+            f"{self.name} {skipped.how}",
             caches=[cache],
             context=sublayers.without(skipped),
             num_layers=self._num_layers - len(skipped) // 2,
-            without=self._weights.of_sublayers(*sublayers.modules(skipped)),
+            without=self._weights.of_sublayers(*sublayers.modules(skipped)) + sublayers.neurons_left_out(skipped),
         )
         return self._read(tokens, parents=parents, needs=needs or TargetNeeds(logits=True), part=part)
 

@@ -5,9 +5,10 @@ L = blocks, B = sequences, N = new tokens, D = hidden
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.weights import Weights
 from drafttrain.target_model.anatomy import blocks, taps, trunk
 from drafttrain.target_model.block_range import replaced_forwards
+from drafttrain.target_model.first_neurons import neurons_left_out, run
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
@@ -30,6 +33,13 @@ class Skipped:
 
     attention: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
+    first_neurons: int | None = None
+    """Of the MLPs that run, the neurons that run; None: all."""
+
+    @property
+    def how(self) -> str:
+        """How a call of the model is named, after the model."""
+        return "without some sublayers" if self.first_neurons is None else "with its first neurons"
 
     def __len__(self) -> int:
         return len(self.attention) + len(self.mlp)
@@ -74,7 +84,17 @@ class Sublayers:
     def without(self, skipped: Skipped) -> AbstractContextManager[None]:
         """Within this context the skipped sublayers add nothing to the residual stream. Their weights are not read."""
         attention, mlps = self.modules(skipped)
-        return replaced_forwards(dict.fromkeys(attention, _no_attention) | dict.fromkeys(mlps, _no_mlp))
+        forwards: dict[nn.Module, Callable[..., Any]] = {}
+        if skipped.first_neurons is not None:
+            forwards = {mlp: partial(run, mlp, skipped.first_neurons) for mlp in self.mlp}
+        return replaced_forwards(forwards | dict.fromkeys(attention, _no_attention) | dict.fromkeys(mlps, _no_mlp))
+
+    def neurons_left_out(self, skipped: Skipped) -> Weights:
+        """Return the weights of neurons that do not run in MLPs that do."""
+        if skipped.first_neurons is None:
+            return Weights()
+        running = [mlp for number, mlp in enumerate(self.mlp) if number not in skipped.mlp]
+        return neurons_left_out(running, [skipped.first_neurons] * len(running))
 
     @torch.no_grad()
     def check(self) -> None:

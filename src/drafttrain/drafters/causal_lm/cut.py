@@ -1,4 +1,6 @@
-"""A drafter cut from its target: embedding, head, evenly spaced blocks, the strongest feed-forward neurons.
+"""A model cut from a larger one: embedding, head, some blocks, some feed-forward neurons.
+
+A drafter has evenly spaced blocks of its target and the strongest neurons; a sub-model of a nested drafter has the first of both.
 
 F = feed-forward width
 """
@@ -38,12 +40,54 @@ def cut_from(model: Any, *, num_layers: int, width: int | None) -> Any:
     total = len(blocks(model))
     if num_layers > total:
         raise CheckpointError(f"drafter.num_layers must be 1..{total} for this target, got {num_layers}")
-    kept = spread(total, num_layers)
+    return _of_blocks(
+        model,
+        spread(total, num_layers),
+        widths=None if width is None else [width] * num_layers,
+        neurons=_strongest,
+        what="drafter.init: target",
+        instead="Use init: scratch or checkpoint, or another num_layers",
+    )
+
+
+def sub_model(model: Any, *, num_layers: int | None = None, widths: Sequence[int] | None = None) -> Any:
+    """Return the model of the first blocks, with the first feed-forward neurons of each.
+
+    A configuration has one width for all blocks: narrower ones are filled with neurons whose output weights are 0.
+
+    Args:
+        num_layers: None: all.
+        widths: By block, its neurons; None: all.
+
+    Raises:
+        CheckpointError: The model has fewer blocks or neurons, or its configuration cannot describe these blocks alone.
+    """
+    total = len(blocks(model))
+    count = total if num_layers is None else num_layers
+    if not 1 <= count <= total:
+        raise CheckpointError(f"layers must be 1..{total} for this drafter, got {count}")
+    if widths is not None and len(widths) != count:
+        raise CheckpointError(f"widths: one for each of {count} layers is needed, got {len(widths)}")
+    instead = "Extract other sizes"
+    return _of_blocks(model, range(count), widths=widths, neurons=_first_ones, what="its sub-model", instead=instead)
+
+
+def _of_blocks(
+    model: Any,
+    kept: Sequence[int],
+    *,
+    widths: Sequence[int] | None,
+    neurons: Callable[[Any, int], Tensor],
+    what: str,
+    instead: str,
+) -> Any:
+    total, width = len(blocks(model)), None if widths is None else max(widths)
     try:
         whole = copy.deepcopy(model).float().eval()
         if width is not None:
-            for index in kept:
-                _narrow(blocks(whole)[index], width)
+            assert widths is not None
+            for index, own in zip(kept, widths, strict=True):
+                _narrow(blocks(whole)[index], own, width, neurons)
         # Built from the configuration: what is trained is then exactly what loading the folder builds.
         fresh = type(model)(cut_config(model.config, kept, total=total, width=width)).float().eval()
         loaded = fresh.load_state_dict(_renumbered(whole, kept), strict=False)
@@ -56,8 +100,8 @@ def cut_from(model: Any, *, num_layers: int, width: int | None) -> Any:
         problems = [" ".join(str(error).split())[:300]]
     if problems:
         raise CheckpointError(
-            f"drafter.init: target: blocks {', '.join(map(str, kept))} of {type(model).__name__} do not work as a model of "
-            f"their own: {'; '.join(problems[:3])}. Use init: scratch or checkpoint, or another num_layers"
+            f"{what}: blocks {', '.join(map(str, kept))} of {type(model).__name__} do not work as a model of their own: "
+            f"{'; '.join(problems[:3])}. {instead}"
         )
     return fresh.requires_grad_(True)
 
@@ -167,21 +211,29 @@ def _plain(module: nn.Module) -> Mapping[str, Any]:
     return {name: value for name, value in vars(module).items() if isinstance(value, plain) and name[0] != "_"}
 
 
-def _narrow(layer: Any, width: int) -> None:
-    """Keep the feed-forward neurons with the largest product of weight norms."""
+def _narrow(layer: Any, own: int, width: int, neurons: Callable[[Any, int], Tensor]) -> None:
+    """Keep `own` feed-forward neurons, and fill up to `width` with neurons whose output weights are 0."""
     mlp = getattr(layer, "mlp", None)
     if mlp is None or not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
         raise CheckpointError("drafter.intermediate_size: this target has no gate/up/down feed-forward block to narrow")
     full = mlp.gate_proj.weight.shape[0]
-    if width > full:
-        raise CheckpointError(f"drafter.intermediate_size must be 1..{full} for this target, got {width}")
+    if not 1 <= own <= full:
+        raise CheckpointError(f"drafter.intermediate_size, or the neurons of a sub-model, must be 1..{full}, got {own}")
     with torch.no_grad():
-        strength_F = (
-            mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1) * mlp.down_proj.weight.norm(dim=0)
-        )
-        kept = strength_F.topk(width).indices.sort().values
+        kept = neurons(mlp, width)
         for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
             linear = getattr(mlp, name)
             linear.weight = torch.nn.Parameter(linear.weight.index_select(dim, kept).clone())
             if linear.bias is not None and dim == 0:
                 linear.bias = torch.nn.Parameter(linear.bias[kept].clone())
+        mlp.down_proj.weight[:, own:] = 0
+
+
+def _strongest(mlp: Any, width: int) -> Tensor:
+    """Return the neurons with the largest product of weight norms, in their order."""
+    strength_F = mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1) * mlp.down_proj.weight.norm(dim=0)
+    return strength_F.topk(width).indices.sort().values
+
+
+def _first_ones(mlp: Any, width: int) -> Tensor:
+    return torch.arange(width, device=mlp.gate_proj.weight.device)

@@ -68,10 +68,15 @@ class DecodingLM:
 
     Args:
         model: A model that `is_plain`.
+        running: The layers that a call runs; None: all. Those after the first ones read `embedded` states, and only logits after the last
+            layer are the model's own.
     """
 
-    def __init__(self, model: Any, *, name: str, listener: ForwardListener | None = None) -> None:
+    def __init__(
+        self, model: Any, *, name: str, listener: ForwardListener | None = None, running: range | None = None
+    ) -> None:
         trunk = model.model
+        self.running = running or range(len(trunk.layers))
         self.name = name
         self.device = next(model.parameters()).device
         self.lengths: list[int] = []
@@ -82,7 +87,7 @@ class DecodingLM:
         """By sequence, the parents of the pending tokens (see `Tree`); None: all of them form chains."""
         self._listener = listener
         self._embedding_VD = trunk.embed_tokens.weight.detach()
-        self._layers = [DecodingLayer(layer) for layer in trunk.layers]
+        self._layers = [DecodingLayer(trunk.layers[index]) for index in self.running]
         self._norm = _norm(trunk.norm)
         self._head = product_with([model.lm_head])
         self._turns = TurnTable(lambda positions_BN, like: trunk.rotary_emb(like, positions_BN))
@@ -92,14 +97,15 @@ class DecodingLM:
         """Return None: sequences of any length can be batched."""
         return None
 
-    def begin(self, prompts: Sequence[Sequence[int]]) -> None:
+    def begin(self, prompts: Sequence[Sequence[int]], *, needs: TargetNeeds | None = None) -> list[TargetOutput]:
         """Empty the cache and read these prompts in one call. Prompts may be empty."""
         self.lengths = [0] * len(prompts)
         for layer in self._layers:
             layer.columns = KeysAndValues()
         self._pending, self.kept = None, list(self.lengths)
-        self.forward(prompts, needs=TargetNeeds(), prefill=True)
+        seen = self.forward(prompts, needs=needs or TargetNeeds(), prefill=True)
         self.kept = list(self.lengths)
+        return seen
 
     @torch.no_grad()
     def forward(
@@ -110,32 +116,40 @@ class DecodingLM:
         needs: TargetNeeds | None = None,
         prefill: bool = False,
         embedded: Sequence[Tensor] | None = None,
+        last: bool = False,
     ) -> list[TargetOutput]:
         """Read new tokens of every sequence; return the requested outputs of each, as a batch of one.
 
         Args:
             tokens: Nodes by sequence; may be empty for some.
             parents: The tree of each sequence (see `Tree`); None: all are chains.
-            needs: What to return, of logits and final states; by default logits.
+            needs: What to return, of logits, final states, and the states after the last layer that runs; by default logits.
             prefill: The call reads prompts (reported to the listener).
             embedded: By sequence, embedded_ND that are read in place of the embeddings of its tokens; None: those.
+            last: Return logits and the final state of the last token of each sequence only.
         """
         needs = needs or TargetNeeds(logits=True)
+        assert set(needs.hidden) <= {self.running.stop}, "other states are not stored"
         sizes = [len(nodes) for nodes in tokens]
         if not any(sizes):
             return [TargetOutput() for _ in tokens]
         span = Span(self.device)
         lengths = self.lengths
-        final_BND = self._states(tokens, parents, embedded, width=max(sizes), wanted=needs.logits or needs.final)
+        stream_BND = self._stream(tokens, parents, embedded, width=max(sizes))
+        rows_BND = stream_BND
+        if last:
+            rows_BND = stream_BND[range(len(sizes)), [max(size - 1, 0) for size in sizes]].unsqueeze(1)
+        final_BND = self._norm(rows_BND) if needs.logits or needs.final else rows_BND
         logits_BNV = self._head(final_BND) if needs.logits else None
         self.lengths = [length + size for length, size in zip(self.lengths, sizes, strict=True)]
         if self._listener is not None:
-            head_rows = sum(sizes) if needs.logits else 0
+            head_rows = (sum(map(bool, sizes)) if last else sum(sizes)) if needs.logits else 0
             shape = ForwardShape.of(sizes, lengths, num_layers=len(self._layers), head_rows=head_rows)
             self._listener(self._event(shape, prefill=prefill, span=span.end()))
         return [
             TargetOutput(
                 logits_BTV=None if logits_BNV is None else logits_BNV[row : row + 1, :size],
+                hidden_BTD=dict.fromkeys(needs.hidden, stream_BND[row : row + 1, :size]),
                 final_BTD=final_BND[row : row + 1, :size] if needs.final else None,
             )
             for row, size in enumerate(sizes)
@@ -169,16 +183,15 @@ class DecodingLM:
         for layer in self._layers:
             layer.columns.select(keep, width=max(self.lengths, default=0))
 
-    def _states(
+    def _stream(
         self,
         tokens: Sequence[Sequence[int]],
         parents: Sequence[Tree] | None,
         embedded: Sequence[Tensor] | None,
         *,
         width: int,
-        wanted: bool,
     ) -> Tensor:
-        """Return final_BND, and write the columns of these tokens."""
+        """Return stream_BND after the last layer, before the final norm, and write the columns of these tokens."""
         starts, end = self.lengths, max(self.lengths) + width
         columns = [list(range(start, start + width)) for start in starts]
         if parents is None and self._pending is not None:
@@ -216,7 +229,7 @@ class DecodingLM:
             attended = [layer.attended(stream_BND, turn, store, allowed_BNC, causal=prompts) for layer in group]
             for layer, added_BND in zip(group, attended, strict=True):
                 stream_BND = layer.fed(stream_BND + added_BND)
-        return self._norm(stream_BND) if wanted else stream_BND
+        return stream_BND
 
     def _groups(self) -> list[list[DecodingLayer]]:
         """Return the layers in order, in groups whose attention reads the same states."""
@@ -249,7 +262,7 @@ class DecodingLM:
         return ForwardEvent(
             model=self.name,
             shape=shape,
-            work=self._weights.work(shape, cache_bytes=cached),
+            work=self._weights.work(shape, cache_bytes=cached, blocks=self.running),
             span=span,
             prefill=prefill,
             plain_bytes=self._weights.work(plain, cache_bytes=cached).bytes_read,

@@ -60,17 +60,16 @@ class LayerParallelLM(DecodingLM):
         super().cut([min(pair) for pair in zip(lengths, self._exact or self.lengths, strict=True)])
         self._exact = None
 
-    def _states(
+    def _stream(
         self,
         tokens: Sequence[Sequence[int]],
         parents: Sequence[Tree] | None,
         embedded: Sequence[Tensor] | None,
         *,
         width: int,
-        wanted: bool,
     ) -> Tensor:
         self._exact = None if self.lengths == self.kept else self._exact or list(self.lengths)
-        return super()._states(tokens, parents, embedded, width=width, wanted=wanted)
+        return super()._stream(tokens, parents, embedded, width=width)
 
     def _groups(self) -> list[list[DecodingLayer]]:
         return super()._groups() if self._exact is None else self._drafting

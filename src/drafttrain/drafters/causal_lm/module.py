@@ -148,7 +148,7 @@ class CausalLMDrafter(Drafter):
         return "init: target cuts the drafter from the target's blocks" if settings.init == "target" else None
 
     @classmethod
-    def create(cls, settings: CausalLMSettings, *, target: Target | None, tokenizer: Any) -> CausalLMDrafter:
+    def create(cls, settings: CausalLMSettings, *, target: Target | None, tokenizer: Any) -> Self:
         """Return the drafter as training starts from it."""
         other, own = None, tokenizer
         if settings.tokenizer is not None:
@@ -185,7 +185,7 @@ class CausalLMDrafter(Drafter):
         return cls._of(model, settings, other)
 
     @classmethod
-    def sized(cls, settings: CausalLMSettings, *, target: Target, tokenizer: Any) -> CausalLMDrafter:
+    def sized(cls, settings: CausalLMSettings, *, target: Target, tokenizer: Any) -> Self:
         """Return the drafter; of a checkpoint only config.json is read."""
         if settings.checkpoint is None:
             drafter = cls.create(settings, target=target, tokenizer=tokenizer)
@@ -196,7 +196,7 @@ class CausalLMDrafter(Drafter):
         return drafter
 
     @classmethod
-    def _of(cls, model: Any, settings: CausalLMSettings, other: OtherTokenizer | None = None) -> CausalLMDrafter:
+    def _of(cls, model: Any, settings: CausalLMSettings, other: OtherTokenizer | None = None) -> Self:
         if settings.freeze_embedding:
             for part in (model.get_input_embeddings(), model.get_output_embeddings()):
                 part.requires_grad_(False)
@@ -235,8 +235,9 @@ class CausalLMDrafter(Drafter):
             probe(self.model)
             drops = self.training and self.lora.settings.dropout
             self.lora.draw(as_read(self.model, batch.seed_BT, batch.positions_BT) if drops else None)
-        if self.other is not None:
-            return self._from_own_text(batch, self.other)
+        return self._of_target_ids(batch) if self.other is None else self._from_own_text(batch, self.other)
+
+    def _of_target_ids(self, batch: DraftBatch) -> DraftOutput:
         states_BTD, _ = document_states(
             self.model, batch.tokens_BT, batch.positions_BT, documents=batch.packed_documents
         )
@@ -301,17 +302,21 @@ class CausalLMDrafter(Drafter):
             self.other.own.save_pretrained(folder)
 
     @classmethod
-    def load(cls, folder: Path, target: Target, dtype: Any = None) -> CausalLMDrafter:
+    def load(cls, folder: Path, target: Target, dtype: Any = None) -> Self:
         """Read a plain Hugging Face folder; refuse a tokenizer that shares too few tokens with the target's."""
         own, other = load_tokenizer(folder), None
         if own.get_vocab() != target.tokenizer.get_vocab():
             other = OtherTokenizer(target.tokenizer, own, target_rows=target.vocab_size, name=str(folder))
             other.check()
+        return cls._of_folder(folder, target, dtype, other)
+
+    @classmethod
+    def _of_folder(cls, folder: Path, target: Target, dtype: Any, other: OtherTokenizer | None = None) -> Self:
         attention = drafter_attention(target.model)
         model = load_causal_lm(folder, dtype=dtype or "float32", attention=attention).eval().to(target.device)
         rows = int(model.get_input_embeddings().weight.shape[0])
         if problem := rows_problem(
-            rows, num_ids(own) if other else target.num_tokens, whose="its own" if other else "the target's"
+            rows, num_ids(other.own) if other else target.num_tokens, whose="its own" if other else "the target's"
         ):
             raise CheckpointError(f"{folder}/config.json: {problem}")
         return cls(model, other=other)
@@ -330,6 +335,11 @@ def rows_problem(rows: int, num_tokens: int, *, whose: str = "the target's") -> 
     return f"vocab_size is {rows}, {whose} tokenizer has {num_tokens} tokens: the last ones have no row"
 
 
+def default_width(hidden_size: int) -> int:
+    """Return the feed-forward width of a drafter from scratch for which none is given."""
+    return 8 * round(hidden_size / 3)
+
+
 def from_scratch(settings: CausalLMSettings, *, vocab_size: int, num_positions: int | None, tokenizer: Any) -> Any:
     """Return a random Llama of the size that the settings give.
 
@@ -339,7 +349,7 @@ def from_scratch(settings: CausalLMSettings, *, vocab_size: int, num_positions: 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     num_positions = num_positions or int(min(tokenizer.model_max_length, UNLIMITED_POSITIONS))
-    width = settings.intermediate_size or 8 * round(settings.hidden_size / 3)
+    width = settings.intermediate_size or default_width(settings.hidden_size)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=settings.hidden_size,

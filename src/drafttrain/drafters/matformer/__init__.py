@@ -1,0 +1,1 @@
+"""MatFormer: a causal LM whose feed-forward blocks are nested in each other."""
