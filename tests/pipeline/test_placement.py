@@ -157,7 +157,7 @@ def test_a_text_that_was_not_stored_is_refused(recipe: Path, tmp_path: Path) -> 
         (["train.device=cuda:1", "train.devices=2"], "train.device: cuda:1 is one device, for 2 processes"),
         (
             ["train.device=cuda:1", "drafter={kind: medusa, joint: {}}", "data.cache=none"],
-            "drafter.joint trains adapters",
+            "drafter.joint trains the target itself",
         ),
         (["train.device=cpu"], None),
         (["train.target_placement=elsewhere"], "must be one of replicated, sharded, absent"),

@@ -103,7 +103,10 @@ class TrainedCopy(nn.Module):
 
     def of(self, module_name: str, name: str) -> nn.Parameter:
         """Return the copy of a module's weight."""
-        return self.weights[next(index for *place, index in self._places if place == [module_name, name])]
+        found: nn.Parameter = self.weights[
+            next(index for *place, index in self._places if place == [module_name, name])
+        ]
+        return found
 
 
 class TunedTarget:
