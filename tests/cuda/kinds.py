@@ -55,6 +55,24 @@ KINDS: dict[str, Kind] = {
     ),
     "medusa": Kind({"kind": "medusa", "num_heads": 2}, {"kind": "ce"}, {"cache": "full"}),
     "medusa2": Kind({"kind": "medusa", "num_heads": 2, "joint": {"lora": {"rank": 2}}}, {"kind": "ce"}),
+    "consistency": Kind(
+        {"kind": "consistency", "block": 4, "tune": {"lora": {"rank": 2}}},
+        {"kind": "forward_kl"},
+        GENERATED | {"generate": GENERATED["generate"] | {"temperatures": [0.0]}},
+    ),
+    "consistency_whole": Kind(
+        {"kind": "consistency", "block": 4, "tune": {"lora": None}},
+        {"kind": "ce"},
+        GENERATED | {"generate": GENERATED["generate"] | {"temperatures": [0.0]}},
+    ),
+    "lexical_units": Kind(
+        {
+            **{"kind": "lexical_units", "look_ahead_token_id": 1, "ahead": 2, "threshold": 0.001},
+            "tune": {"lora": {"rank": 2}},
+        },
+        {"kind": "forward_kl"},
+        GENERATED,
+    ),
     "kangaroo": Kind({"kind": "kangaroo", "exit_layer": 1}, {"kind": "forward_kl"}, {"cache": "top_k"}),
     "eagle": Kind({"kind": "eagle", "num_steps": 2}),
     "eagle3": Kind({"kind": "eagle3", "num_steps": 2}, {"kind": "lk_hybrid"}, {"cache": "states"}),

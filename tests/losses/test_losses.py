@@ -20,7 +20,7 @@ from drafttrain.data_gen.packing import pack
 from drafttrain.losses import Loss, losses
 from drafttrain.losses.align import align
 from drafttrain.losses.block_acceptance import BlockAcceptanceSettings
-from drafttrain.losses.ce import CrossEntropySettings
+from drafttrain.losses.ce import CrossEntropy, CrossEntropySettings
 from drafttrain.losses.chunked import row_losses
 from drafttrain.losses.d_pace import DPaceSettings
 from drafttrain.losses.jsd import JSDSettings
@@ -494,3 +494,18 @@ def test_padding_ids_have_no_mass():
         first, _ = row_losses(loss, drafted, align(drafted, batch), batch, vocab_size=V)
         second, _ = row_losses(loss, padded, align(padded, batch), batch, vocab_size=V)
         torch.testing.assert_close(first, second)
+
+
+def test_label_smoothing_is_torchs_value_and_gradient():
+    torch.manual_seed(0)
+    logits_NV = torch.randn(6, 9, dtype=torch.float64, requires_grad=True)
+    tokens_N = torch.randint(9, (6,))
+    rows = LossRows(logits_NV, None, tokens_N)
+    own_N = CrossEntropy(CrossEntropySettings(smoothing=0.1)).per_row(rows)["loss"]
+    (own,) = torch.autograd.grad(own_N.sum(), logits_NV)
+    wanted_N = torch.nn.functional.cross_entropy(logits_NV, tokens_N, reduction="none", label_smoothing=0.1)
+    (wanted,) = torch.autograd.grad(wanted_N.sum(), logits_NV)
+    torch.testing.assert_close(own_N, wanted_N)
+    torch.testing.assert_close(own, wanted)
+    # Control: without smoothing it is another loss.
+    assert float((CrossEntropy().per_row(LossRows(logits_NV, None, tokens_N))["loss"] - wanted_N).detach().norm()) > 0.1
