@@ -24,7 +24,7 @@ def test_every_kind_trains_beside_its_target_or_is_refused_by_name(
     write_texts(tmp_path)
     kind = WAYS[name]
     if "joint" in kind.drafter:
-        with pytest.raises(RecipeError, match=r"train.device: cuda:1: drafter.joint trains adapters inside the target"):
+        with pytest.raises(RecipeError, match=r"train.device: cuda:1: drafter.joint trains the target itself"):
             recipe(kind, target=target_folder, folder=tmp_path, train={"device": "cuda:1"})
         return
     made = recipe(kind, target=target_folder, folder=tmp_path, train={"device": "cuda:1", "max_steps": 2})

@@ -17,8 +17,8 @@ from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.texts import Prompt, Record
 from drafttrain.data_gen.packing import pack
+from drafttrain.drafters.adapter_folder import merged
 from drafttrain.drafters.lora import LoraAdapter, LoraSettings, LowRank, linears_in
-from drafttrain.drafters.medusa.adapter_folder import merged
 from drafttrain.drafters.medusa.folder import ADAPTER
 from drafttrain.drafters.medusa.module import Medusa
 from drafttrain.drafters.medusa.settings import JointSettings, MedusaSettings

@@ -143,10 +143,10 @@ def test_a_text_that_was_not_stored_is_refused(recipe: Path, tmp_path: Path) -> 
         ([ABSENT, "data.cache=none"], "absent: nothing of the target is stored with data.cache none"),
         ([ABSENT, "data.cache=none", "loss={kind: ce}"], None),
         ([ABSENT, "drafter={kind: causal_lm, init: target}"], "absent: drafter.init: target cuts the drafter from"),
-        ([ABSENT, "drafter={kind: medusa, joint: {}}"], "absent: drafter.joint: adapters are trained inside"),
+        ([ABSENT, "drafter={kind: medusa, joint: {}}"], "absent: drafter.joint: the target's own blocks are trained"),
         (
             ["train.target_placement=sharded", "drafter={kind: medusa, joint: {}}", "data.cache=none"],
-            "sharded: drafter.joint: adapters are trained inside",
+            "sharded: drafter.joint: the target's own blocks are trained",
         ),
         (
             ["train.target_placement=sharded", "train.devices=1"],

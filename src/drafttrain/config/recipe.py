@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from drafttrain.config.searched import is_searched, needs_no_loss, problems_of_search, problems_of_swift
+from drafttrain.config.tuned import problems_of_tuning
 from drafttrain.core.registry import Registry, components_of
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.annotate import annotators
@@ -97,6 +98,7 @@ class Recipe:
         problems += self._confidence()
         if is_searched(getattr(self.drafter, "kind", None)):
             problems += problems_of_search(self)
+        problems += problems_of_tuning(self, _component(self.drafter))
         problems += self._trees()
         problems += self._numbered_devices()
         problems += [*self._beside(), *problems_of_swift(self)]
@@ -316,8 +318,6 @@ class Recipe:
         key = f"train.device: {self.train.device}"
         if self.head is not None or self.online is not None:
             yield f"{key}: only a drafter that fit trains can have a device of its own: leave it at auto"
-        if getattr(self.drafter, "joint", None) is not None:
-            yield f"{key}: drafter.joint trains adapters inside the target, on its device: leave it at auto"
 
     def _numbered_devices(self) -> Iterator[str]:
         """Yield what cannot be on one numbered device."""

@@ -20,6 +20,7 @@ from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.target_rows import RowsAsked, TargetNeeds
 from drafttrain.core.texts import Record
 from drafttrain.drafters.lora import LoraAdapter, LoraSettings, linears_in, modules_named
+from drafttrain.drafters.tuned_target import TunedTarget, tuned
 from drafttrain.target_model import Target
 
 drafters = Registry("drafter", "drafttrain.drafters")
@@ -63,6 +64,10 @@ class Drafter(nn.Module, ABC):
         super().__init__()
         self.lora: LoraAdapter | None = None
         """The adapters in training beside the drafter's own layers; None: the weights themselves are trained."""
+        self.tuned: TunedTarget | None = None
+        """The target in training with the drafter, whose `weights` are a part of it; None: the target stays as it is."""
+        self.tuning: Path | None = None
+        """Folder of what the target was tuned to, of a loaded drafter: it works only on that target. None: on the target as it is."""
         self.recomputing = False
         """The forward stores the inputs of its parts only (`recomputing.run_part`)."""
 
@@ -93,6 +98,12 @@ class Drafter(nn.Module, ABC):
     @classmethod
     def why_whole_target(cls, settings: Any) -> str | None:
         """Return why these settings need the target's blocks themselves; None: the target's outputs are enough."""
+        key = cls.tuned_by(settings)
+        return None if key is None else f"{key}: the target's own blocks are trained"
+
+    @classmethod
+    def tuned_by(cls, settings: Any) -> str | None:
+        """Return the key of these settings that trains the target itself (`tuned_target`); None: it stays as it is."""
         return None
 
     @classmethod
@@ -252,12 +263,12 @@ class Drafter(nn.Module, ABC):
         return 1.0
 
     def adapted(self, target: Target) -> Target:
-        """Return the target that the exported drafter drafts for: the given one, or a copy with trained adapters."""
-        return target
+        """Return the target that the exported drafter drafts for: the given one, or a tuned copy."""
+        return tuned(target, self.tuning)
 
     def adapting(self, target: Target) -> AbstractContextManager[None]:
-        """Within this context, `target` has the adapters of the drafter in training, if there are any."""
-        return nullcontext()
+        """Within this context, `target` is tuned as the drafter in training has it so far, if it trains it."""
+        return nullcontext() if self.tuned is None else self.tuned.weights.applied(target.model)
 
     def search(self, target: Target, records: Sequence[Record], *, num_steps: int, seed: int, log: Path) -> int:
         """Find what this drafter is made of, if it is `searched`, on training texts; return the number of steps.

@@ -15,7 +15,8 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside, write_json
 from drafttrain.core.foreign import READ, on_one_screen, own_files
 from drafttrain.core.tensors import read_tensors
-from drafttrain.drafters.medusa.folder import ADAPTER, TREE
+from drafttrain.drafters.medusa.folder import TREE
+from drafttrain.drafters.tuned_target import ADAPTER, WHOLE
 from drafttrain.export.layout import layout_problems
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.reading import read_given
@@ -25,8 +26,8 @@ from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokeniz
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
-COPIED = ("generation_config.json", TREE, ADAPTER)
-"""Further files that a drafter folder reads; without its adapter, Medusa-2 is another drafter."""
+COPIED = ("generation_config.json", TREE, ADAPTER, WHOLE)
+"""Further files that a drafter folder reads; without the tuning of its target, it is another drafter."""
 
 
 def import_folder(source: Path, out: Path, *, target: str | None = None) -> Imported:

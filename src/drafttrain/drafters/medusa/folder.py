@@ -13,8 +13,6 @@ from drafttrain.drafters.medusa.static_tree import Path as TreePath
 
 TREE = "medusa_tree.json"
 """The calibrated tree and its table of accuracies, next to config.json. Serving engines ignore this file."""
-ADAPTER = "adapter"
-"""Medusa-2: the folder of the adapters, in peft's format. The heads work only on the target with these adapters."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:

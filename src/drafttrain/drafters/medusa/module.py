@@ -6,7 +6,6 @@ B = sequences, T = positions, V = the target's vocabulary, R = the heads' vocabu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from drafttrain.core.batches import Beside, DraftBatch, DraftOutput
+from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
@@ -26,21 +25,18 @@ from drafttrain.core.tensors import load_into
 from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.draft_vocabulary import most_frequent, size_for, token_map_problems
-from drafttrain.drafters.lora import LoraAdapter, linears_in
-from drafttrain.drafters.medusa.adapter_folder import merged, save_adapter
 from drafttrain.drafters.medusa.blocks import ResidualBlocks, uninitialized_linear
 from drafttrain.drafters.medusa.calibration import calibrated_tree
 from drafttrain.drafters.medusa.decoding import DecodingHeads
-from drafttrain.drafters.medusa.folder import ADAPTER, TREE, read_config, read_tree
+from drafttrain.drafters.medusa.folder import TREE, read_config, read_tree
 from drafttrain.drafters.medusa.proposer import MedusaProposer
 from drafttrain.drafters.medusa.settings import JointSettings, MedusaSettings
 from drafttrain.drafters.medusa.static_tree import Path as TreePath
+from drafttrain.drafters.tuned_target import TunedTarget, tuning_in
 from drafttrain.drafters.warm_start import checkpoint_folder
-from drafttrain.losses.forward_kl import ForwardKL, ForwardKLSettings
 from drafttrain.target_model import Target
-from drafttrain.target_model.documents import as_read, document_states
-from drafttrain.target_model.logits import LiveRows, finished_logits, finisher, head_of
-from drafttrain.target_model.matrix_products import head_parameters, trunk_products
+from drafttrain.target_model.logits import finished_logits, finisher
+from drafttrain.target_model.matrix_products import head_parameters
 
 
 @drafters.register("medusa", MedusaSettings)
@@ -96,10 +92,8 @@ class Medusa(Drafter):
         self.decay = decay
         self.draft = draft
         self.joint: JointSettings | None = None
-        self.adapter: LoraAdapter | None = None
-        """The adapters in training."""
-        self.adapter_folder: Path | None = None
-        """The adapters that were loaded: the heads work only on the target with these."""
+        self.adapter: Any = None
+        """The adapters in training: the weights of `tuned`."""
         self.paths = paths
         """The calibrated tree, best nodes first; None: only chains can be drafted."""
         self._target_config = target_config
@@ -107,9 +101,9 @@ class Medusa(Drafter):
         self._keeps_vocabulary = False
 
     @classmethod
-    def why_whole_target(cls, settings: MedusaSettings) -> str | None:
-        """Return the reason if adapters are trained inside the target."""
-        return None if settings.joint is None else "joint: adapters are trained inside the target's blocks"
+    def tuned_by(cls, settings: MedusaSettings) -> str | None:
+        """Return the key of the adapters."""
+        return None if settings.joint is None else "joint"
 
     @classmethod
     def create(cls, settings: MedusaSettings, *, target: Target | None, tokenizer: Any) -> Medusa:
@@ -126,17 +120,17 @@ class Medusa(Drafter):
             made._target = target
         else:
             made = cls.load(checkpoint_folder(settings.checkpoint, target, kind=cls.kind), target, "float32").train()
-            if made.adapter_folder is not None:
+            if made.tuning is not None:
                 raise CheckpointError(
-                    f"drafter.checkpoint: {made.adapter_folder}: training cannot continue from heads on an adapted target "
+                    f"drafter.checkpoint: {made.tuning}: training cannot continue from heads on an adapted target "
                     "(Medusa-2)"
                 )
             made.decay, made.draft, made.paths = settings.decay, settings.draft, None
             made._keeps_vocabulary = True
         if settings.joint is not None:
             made.joint = settings.joint
-            made.adapter = LoraAdapter(settings.joint.lora, linears_in(target.model), key="drafter.joint.lora")
-            made._target = target
+            made.tuned = TunedTarget(target, settings.joint.lora, key="drafter.joint.lora")
+            made.adapter = made.tuned.weights
         return made
 
     @classmethod
@@ -202,40 +196,19 @@ class Medusa(Drafter):
         final_BTD = batch.target.final_BTD if batch.target is not None else None
         assert final_BTD is not None, "the module reads the target first"
         factor = 1.0
-        beside: tuple[Beside, ...] = ()
-        if self.adapter is not None and not self.adapter.on:
-            final_BTD = self._adapted(batch)
+        beside: tuple[Any, ...] = ()
+        if self.tuned is not None and not self.tuned.weights.on:
+            final_BTD, _ = self.tuned.read(batch)
         if self.joint is not None and self.training:
+            assert self.tuned is not None, "create sets both"
             factor = self.joint.coefficient(batch.step)
-            beside = (self._of_target(final_BTD, batch),)
+            beside = (self.tuned.divergence(final_BTD, batch),)
         weights = {depth: factor * self.decay**depth for depth in range(1, self.num_heads + 1)}
         return replace(self._drafted(final_BTD), depth_weights=weights, beside=beside)
 
     def _drafted(self, final_BTD: Tensor) -> DraftOutput:
         states_BTD = {depth: self.states(final_BTD, depth) for depth in range(1, self.num_heads + 1)}
         return DraftOutput(states_BTD, self._head, self.lag, vocabulary=self.vocabulary)
-
-    def _adapted(self, batch: DraftBatch) -> Tensor:
-        """Return the final states of the target with its adapters; gradients reach the adapters."""
-        assert self.adapter is not None
-        assert self._target is not None
-        model = self._target.model
-        seed_BT = as_read(model, batch.seed_BT, batch.positions_BT) if self.training else None
-        with self.adapter.applied(model, seed_BT=seed_BT):
-            final_BTD, _ = document_states(model, batch.tokens_BT, batch.positions_BT, documents=batch.packed_documents)
-        return final_BTD
-
-    def _of_target(self, final_BTD: Tensor, batch: DraftBatch) -> Beside:
-        """Return the loss term KL(target without adapters || target with adapters)."""
-        target = self._target
-        assert target is not None
-        assert batch.target is not None
-        rows = batch.target_rows
-        if not isinstance(rows, LiveRows):
-            # A cache may store only a part of the distribution.
-            rows = target.rows_of(batch.target)
-        states = DraftOutput({1: final_BTD}, head_of(target.model), lag=0)
-        return Beside(states, ForwardKL(ForwardKLSettings()), rows)
 
     @property
     def _head(self) -> LinearHead:
@@ -265,29 +238,19 @@ class Medusa(Drafter):
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
         """Yield the products of every head; for Medusa-2 also those of the target with adapters, and of its own head."""
-        joint = self.adapter is not None
+        joint = self.tuned is not None
         for depth in range(1, self.num_heads + 1):
             for number in range(self.num_layers):
                 # The input of the first block needs a gradient only if the target has adapters in training.
                 yield matrix(self.hidden_size**2, shape.positions, gradients=2 if joint or number else 1)
             yield matrix(parameters_of(self._output_matrix(depth)), shape.rows(depth + self.lag), gradients=2)
-        if joint:
-            assert self._target is not None
-            yield from trunk_products(self._target.model, shape, gradients=1)
-            yield matrix(parameters_of(self.adapter), shape.positions, gradients=2)
-            yield matrix(head_parameters(self._target.model), shape.rows(1), gradients=1)
+        if self.tuned is not None:
+            yield from self.tuned.products(shape)
+            yield matrix(head_parameters(self.tuned.target.model), shape.rows(1), gradients=1)
 
     def lr_factor(self, name: str) -> float:
         """Return the factor on train.lr for a parameter."""
         return 1.0 if self.joint is None or name.startswith("adapter.") else self.joint.head_lr_multiplier
-
-    def adapted(self, target: Target) -> Target:
-        """Return the target with the adapters that were exported with the heads."""
-        return target if self.adapter_folder is None else merged(target, self.adapter_folder)
-
-    def adapting(self, target: Target) -> AbstractContextManager[None]:
-        """Within this context the target has the adapters in training."""
-        return nullcontext() if self.adapter is None else self.adapter.applied(target.model)
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the proposer that drafts with these heads."""
@@ -323,8 +286,8 @@ class Medusa(Drafter):
             if not name.startswith("adapter.")
         }
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        if self.adapter is not None and self._target is not None and self.adapter.changes_something:
-            save_adapter(self.adapter, folder / ADAPTER, target=self._target.name)
+        if self.tuned is not None:
+            self.tuned.save(folder)
 
     @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> Medusa:
@@ -356,8 +319,7 @@ class Medusa(Drafter):
             paths=read_tree(folder),
             device=target.device,
         )
-        if (folder / ADAPTER).is_dir():
-            made.adapter_folder = folder / ADAPTER
+        made.tuning = tuning_in(folder)
         kind = dtype or target.model.dtype
         made.to(target.device, getattr(torch, kind) if isinstance(kind, str) else kind)
         load_into(made, folder / "model.safetensors")

@@ -9,6 +9,7 @@ from typing import Literal
 from drafttrain.core.settings import setting
 from drafttrain.drafters.draft_vocabulary import SIZE_HELP
 from drafttrain.drafters.lora import LoraSettings
+from drafttrain.drafters.tuned_target import target_lora_problems
 from drafttrain.drafters.warm_start import CHECKPOINT_HELP, settings_fixed_by_checkpoint
 
 
@@ -30,11 +31,7 @@ class JointSettings:
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
-        return (
-            ["lora.whole_modules: the target's own weights stay frozen: leave it out"]
-            if self.lora.whole_modules
-            else []
-        )
+        return target_lora_problems(self.lora)
 
     def coefficient(self, step: int) -> float:
         """Return the factor on the heads' loss at an optimizer step, from 0."""

@@ -1,4 +1,4 @@
-"""The folder of Medusa-2's adapters, in peft's format, and the target with such adapters merged in.
+"""The folder of adapters on a target, in peft's format, and the target with such adapters merged in.
 
 R = rank, I = inputs, O = outputs of a linear layer
 """

@@ -1,0 +1,25 @@
+"""What a recipe that trains the target itself cannot have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def problems_of_tuning(recipe: Any, made_of: Any) -> Iterator[str]:
+    """Yield what does not go with a drafter that trains its target (`Drafter.tuned_by`).
+
+    Args:
+        recipe: A `config.recipe.Recipe`.
+        made_of: The drafter's class; None: the kind is unknown.
+    """
+    key = None if made_of is None else made_of.tuned_by(recipe.drafter)
+    if key is None:
+        return
+    tunes, train = f"drafter.{key}", recipe.train
+    if train.device != "auto":
+        yield f"train.device: {train.device}: {tunes} trains the target itself, on its device: leave it at auto"
+    if recipe.online is not None:
+        yield f"online: {tunes} trains the target itself, and the server keeps the one that it loaded: leave it out"
+    if train.zero_stage == 3 and getattr(recipe.drafter, key).lora is None:
+        yield f"{tunes}.lora: null trains a whole copy of the target, which cannot be partitioned: use train.deepspeed.stage 0, 1 or 2"
