@@ -15,6 +15,8 @@ class OwnBlocksSettings:
     """Settings that all proposers with the target's first blocks share."""
 
     nodes_come_first: ClassVar[bool] = True
+    in_target: ClassVar[bool] = True
+    chains_only: ClassVar[bool] = True
 
     model: Literal["target", "drafter"] = setting(
         "target",
