@@ -44,7 +44,7 @@ class EarlyExitSettings(CurriculumSettings):
     draft: Literal["sampled", "greedy"] = setting(
         "sampled", help="At temperature > 0: draft by sampling, or by argmax (then nodes are FIXED)."
     )
-    tuning: TuningSettings = setting(TuningSettings(), help="How the target is tuned.")
+    tune: TuningSettings = setting(TuningSettings(), help="How the target is tuned.")
 
 
 @drafters.register("early_exit", EarlyExitSettings)
@@ -88,14 +88,14 @@ figures are from the embedded evaluator.
         if target is None:
             raise CheckpointError("drafter.kind is 'early_exit' but target.model is null: its blocks are the target's")
         made = cls(target, settings)
-        made.tuned = TunedTarget(target, settings.tuning.lora, key="drafter.tuning.lora")
+        made.tuned = TunedTarget(target, settings.tune.lora, key="drafter.tune.lora")
         made.weights = made.tuned.weights
         return made
 
     @classmethod
     def tuned_by(cls, settings: EarlyExitSettings) -> str | None:
         """Return the key of the tuning."""
-        return "tuning"
+        return "tune"
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +160,7 @@ figures are from the embedded evaluator.
         yield from self.tuned.products(shape)
         steps = range(self.settings.rotation)
         exits = sum(len(self.settings.trained(self.num_blocks, step=step, num_steps=0)) for step in steps) / len(steps)
-        gradients = 2 if self.settings.tuning.lora is None else 1
+        gradients = 2 if self.settings.tune.lora is None else 1
         yield matrix(round(exits * head_parameters(self._target.model)), shape.rows(1), gradients=gradients)
 
     def adapted(self, target: Target) -> Target:
