@@ -6,6 +6,7 @@ B = sequences, T = positions, D = hidden, L = blocks
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_curricula_train_every_exit_and_always_the_last():
     gradual = [CurriculumSettings(curriculum="gradual").trained(8, step=step, num_steps=64) for step in range(64)]
     assert gradual[0] == [8]
     assert gradual[4] == [7, 8]
-    assert all({*one} <= {*other} for one, other in zip(gradual, gradual[1:], strict=False))
+    assert all({*one} <= {*other} for one, other in pairwise(gradual))
     assert [len(one) for one in gradual].index(8) <= 32, "all exits are trained from the middle on"
     assert CurriculumSettings(curriculum="all").trained(3, step=5, num_steps=9) == [1, 2, 3]
 

@@ -171,7 +171,8 @@ def test_every_shipped_kind_has_parts_that_are_compiled():
     """A kind from outside that names none is refused by name."""
     kinds = [drafters.entry(name).component for name in drafters.names()]
     trained = [kind for kind in kinds if kind.__module__.startswith("drafttrain.") and not kind.searched]
-    assert all(kind.compiles for kind in trained)
+    cannot = {kind.kind for kind in trained if not kind.compiles}
+    assert cannot == {"early_exit"}, "its weights are the target's"
     assert not Drafter.compiles
 
 
