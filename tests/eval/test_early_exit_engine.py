@@ -57,15 +57,15 @@ def idle_target() -> Target:
     return wrapped(idle_from(random_llama(num_layers=BLOCKS).double(), EXIT))
 
 
-@pytest.mark.parametrize("draft", ["sampled", "greedy"])
-def test_greedy_output_is_the_targets_own_in_a_batch_and_alone(target, draft):
-    wanted = [greedy(target, prompt, 16) for prompt in PROMPTS]
-    for policy in (FixedLength(), Confidence(ConfidenceSettings(threshold=0.02, max_tokens=4))):
-        found = decode(target, exiting(target, draft=draft), new=16, policy=policy, stop_tokens=())
-        assert [one.tokens for one in found] == wanted
-        assert sum(len(one.rounds) for one in found) < sum(map(len, wanted)), "some draft tokens are accepted"
-        alone = [decode(target, exiting(target), prompts=[one], new=16, stop_tokens=())[0] for one in PROMPTS]
-        assert [one.tokens for one in alone] == wanted
+def test_greedy_output_is_the_targets_own_in_a_batch_and_alone(target):
+    wanted = [greedy(target, prompt, 12) for prompt in PROMPTS]
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        policy = Confidence(ConfidenceSettings(threshold=0.02, max_tokens=4))
+        found = decode(target, exiting(target), prompts=prompts, new=12, policy=policy, stop_tokens=())
+        assert [one.tokens for one in found] == wanted[: len(prompts)]
+        rounds = [one for text in found for one in text.rounds]
+        assert any(one.num_accepted for one in rounds)
+        assert any(one.num_accepted < one.num_draft_tokens for one in rounds)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -73,7 +73,7 @@ def test_an_exit_after_which_blocks_do_nothing_is_always_accepted(target, idle_t
     """Control: where they do something, some draft tokens are rejected."""
 
     def accepted(one: Target) -> list[bool]:
-        found = decode(one, exiting(one), temperature=temperature, stop_tokens=())
+        found = decode(one, exiting(one), prompts=PROMPTS[:1], temperature=temperature, new=16, stop_tokens=())
         return [part.num_accepted == part.num_draft_tokens for text in found for part in text.rounds]
 
     assert all(accepted(idle_target))
@@ -91,7 +91,7 @@ def test_sampled_output_has_the_targets_distribution(spoiled):
             one if one.q_rows_RV is None else replace(one, q_rows_RV=one.q_rows_RV.roll(1, dims=-1))
             for one in propose(*arguments)
         ]
-    assert (chi_square(target.model, proposer, 1.0, samples=1000, target=target) < 1e-3) == spoiled
+    assert (chi_square(target.model, proposer, 1.0, samples=500, target=target) < 1e-3) == spoiled
 
 
 def test_drafting_writes_the_cache_of_the_first_blocks_and_the_targets_call_does_not_touch_it(target):
@@ -161,10 +161,27 @@ def test_a_split_moves_between_rounds_without_a_copy(target):
             assert set(own.passed_ND) == set(range(1, split))
         for lm in (parts, whole):
             lm.keep(accepted)
+    assert [differs(target, moves) for moves in (True, False)] == [False, True]
+
+
+def differs(target: Target, moves: bool) -> bool:
+    """Return whether a call from a split elsewhere gives other logits than a whole call, or none."""
+    parts, whole = CachedLM(target.model, name="target"), CachedLM(target.model, name="target")
+    for layer in (3, 1):
+        parts.split_at(layer)
+    for lm in (parts, whole):
+        lm.begin([[5, 6, 7, 8, 9]])
+    if moves:
+        parts.move_split(3)
     parts.split = 3
-    states = parts.run_first_blocks(nodes)
-    with pytest.raises(RuntimeError, match="size of tensor"):
-        parts.forward(nodes, resume=states)
+    (plain,) = whole.forward([[20, 21]])
+    try:
+        (ours,) = parts.forward([[20, 21]], resume=parts.run_first_blocks([[20, 21]]))
+    except RuntimeError:
+        return True
+    assert ours.logits_BTV is not None
+    assert plain.logits_BTV is not None
+    return not torch.allclose(ours.logits_BTV, plain.logits_BTV, rtol=0, atol=1e-9)
 
 
 def test_trees_and_places_that_cannot_work_are_refused(target):
