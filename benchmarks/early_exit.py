@@ -50,11 +50,11 @@ TIMES = 6
 """Blocks of the grown target for each of the model's own."""
 EXIT = 13
 """Blocks that draft in what is trained: three of the model's own five."""
-SHARED = {"max_steps": 160, "batch_size": 16, "eval_every_steps": 80}
+SHARED = {"batch_size": 16, "eval_every_steps": 0, "optimizer": "muon", "num_threads": 1}
 TRAINED: Mapping[str, dict[str, Any]] = {
     "kangaroo": {
         "drafter": {"kind": "kangaroo", "exit_layer": EXIT},
-        "train": {**SHARED, "lr": 1e-2, "optimizer": "muon"},
+        "train": {**SHARED, "lr": 1e-2},
     },
     "early_exit": {
         "drafter": {
@@ -68,7 +68,7 @@ TRAINED: Mapping[str, dict[str, Any]] = {
                 }
             },
         },
-        "train": {**SHARED, "lr": 3e-3, "optimizer": "muon"},
+        "train": {**SHARED, "lr": 3e-3},
     },
 }
 
@@ -103,14 +103,16 @@ def fitted(name: str, out: Path, target: Path, arguments: argparse.Namespace) ->
         argparse.Namespace(out=out, model=target, records=arguments.records, steps=0, loss="forward_kl")
     )
     recipe |= {"name": name, **TRAINED[name], "export": {}}
+    recipe["train"]["max_steps"] = arguments.steps  # type: ignore[index]
     data: dict[str, Any] = recipe["data"]  # type: ignore[assignment]
     first = next(iter(TRAINED))
     if name != first:
         data |= {"generate": None, "sources": [{"kind": "generated", "path": str(out / first / "data" / "generated")}]}
     path = out / f"{name}.yaml"
-    path.write_text(
-        yaml.safe_dump(recipe | {"eval": {**recipe["eval"], "num_prompts": 2}}, sort_keys=False), encoding="utf-8"
-    )  # type: ignore[dict-item]
+    # What counts is decoded below, in turns with the others.
+    own: dict[str, Any] = recipe["eval"]  # type: ignore[assignment]
+    own |= {"num_prompts": 2, "max_new_tokens": 16, "temperatures": [0], "speed_prompts": 0, "start": False}
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     began = time.perf_counter()
     subprocess.run([sys.executable, "-m", "drafttrain", "fit", str(path), "--runs", str(out)], check=True)
     print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
@@ -163,6 +165,7 @@ def main() -> None:
     parser.add_argument("--target", help="a target to decode as it is, in place of --model")
     parser.add_argument("--prompts", help="default: openings that the model writes")
     parser.add_argument("--records", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--num", type=int, default=16, help="prompts")
     parser.add_argument("--new", type=int, default=96, help="new tokens of each")
     parser.add_argument("--temperatures", type=float, nargs="*", default=[0.0, 1.0])
