@@ -193,15 +193,8 @@ class CachedLM:
         assert self.split is not None, "call split_at first"
         needs = TargetNeeds(hidden=(*passed, self.split))
         seen = self._read(tokens, parents=None, needs=needs, part=self._blocks(range(self.split)))
-        return [
-            LayerState(
-                self.split,
-                one.hidden_BTD[self.split][0],
-                {block: one.hidden_BTD[block][0] for block in passed},
-            )
-            for one in seen
-            if one.hidden_BTD
-        ]
+        rows = [{block: states[0] for block, states in one.hidden_BTD.items()} for one in seen if one.hidden_BTD]
+        return [LayerState(self.split, own.pop(self.split), own) for own in rows]
 
     def read_beside(
         self,
