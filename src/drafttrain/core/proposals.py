@@ -123,6 +123,8 @@ class Proposal:
     """By node, the row of q_rows_RV from which its CHILDREN were drawn; -1: no sampled children."""
     draw: DrawMode = DrawMode.IID
     resume: LayerState | None = None
+    refined: int = 0
+    """Rounds that have refined this chain since one was accepted whole (Jacobi decoding)."""
     unread_leaf: bool = False
     """The last node was drafted while the target's call ran, so the call does not read it. It is verified by the row of its parent;
     where it is accepted, the round ends without a token of the target's own."""
