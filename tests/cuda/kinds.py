@@ -42,6 +42,16 @@ KINDS: dict[str, Kind] = {
     ),
     "medusa": Kind({"kind": "medusa", "num_heads": 2}, {"kind": "ce"}, {"cache": "full"}),
     "medusa2": Kind({"kind": "medusa", "num_heads": 2, "joint": {"lora": {"rank": 2}}}, {"kind": "ce"}),
+    "consistency": Kind(
+        {"kind": "consistency", "block": 4, "tune": {"lora": {"rank": 2}}},
+        {"kind": "forward_kl"},
+        GENERATED | {"generate": GENERATED["generate"] | {"temperatures": [0.0]}},
+    ),
+    "consistency_whole": Kind(
+        {"kind": "consistency", "block": 4, "tune": {"lora": None}},
+        {"kind": "ce"},
+        GENERATED | {"generate": GENERATED["generate"] | {"temperatures": [0.0]}},
+    ),
     "kangaroo": Kind({"kind": "kangaroo", "exit_layer": 1}, {"kind": "forward_kl"}, {"cache": "top_k"}),
     "eagle": Kind({"kind": "eagle", "num_steps": 2}),
     "eagle3": Kind({"kind": "eagle3", "num_steps": 2}, {"kind": "lk_hybrid"}, {"cache": "states"}),

@@ -170,7 +170,9 @@ def test_every_kind_with_the_compiler_of_this_machine(stage, kind, of_kind, loss
 def test_every_shipped_kind_has_parts_that_are_compiled():
     """A kind from outside that names none is refused by name."""
     kinds = [drafters.entry(name).component for name in drafters.names()]
-    trained = [kind for kind in kinds if kind.__module__.startswith("drafttrain.") and not kind.searched]
+    own = [kind for kind in kinds if kind.__module__.startswith("drafttrain.") and not kind.searched]
+    # These have no part beside the target.
+    trained = [kind for kind in own if kind.kind != "consistency"]
     assert all(kind.compiles for kind in trained)
     assert not Drafter.compiles
 
