@@ -52,6 +52,14 @@ KINDS: dict[str, Kind] = {
         {"kind": "ce"},
         GENERATED | {"generate": GENERATED["generate"] | {"temperatures": [0.0]}},
     ),
+    "lexical_units": Kind(
+        {
+            **{"kind": "lexical_units", "look_ahead_token_id": 1, "ahead": 2, "threshold": 0.001},
+            "tune": {"lora": {"rank": 2}},
+        },
+        {"kind": "forward_kl"},
+        GENERATED,
+    ),
     "kangaroo": Kind({"kind": "kangaroo", "exit_layer": 1}, {"kind": "forward_kl"}, {"cache": "top_k"}),
     "eagle": Kind({"kind": "eagle", "num_steps": 2}),
     "eagle3": Kind({"kind": "eagle3", "num_steps": 2}, {"kind": "lk_hybrid"}, {"cache": "states"}),

@@ -30,6 +30,7 @@ from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.losses.ce import CrossEntropy
 from drafttrain.losses.step import batch_loss
+from drafttrain.serving.card import model_card
 from drafttrain.target_model import Target, TargetSettings
 from tests.drafters.test_medusa import V, texts_of
 from tests.eval.decoding import decode, greedy
@@ -192,7 +193,7 @@ def test_nothing_before_the_first_difference_has_a_gradient(target: Target, reco
     drafter, batch = create(target), batch_of(records, noted)
     assert batch.altered is not None
     states = [torch.randn(*batch.tokens_BT.shape, 32, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    drafter._consistency(states[0], states[1], batch.altered).backward()
+    drafter.loss_of_altered(*states, batch.tokens_BT, batch.altered).backward()
     assert states[0].grad is None, "the distribution after the label is fixed"
     gradient_R = states[1].grad.flatten(0, 1).norm(dim=-1)
     trained_R = torch.zeros(len(gradient_R), dtype=torch.bool)
@@ -238,6 +239,11 @@ def test_the_evaluation_sets_the_tuned_target_beside_the_original(target: Target
     (part,) = result.temperatures
     assert part.drafters["drafter"].parity.exact
     assert part.drafters["drafter"].alpha is None
+    card = model_card("name", result, drafter="drafter", recipe="", command="")
+    assert "**target_modified**" in card
+    assert "`adapter/`" in card
+    assert "nats a token from the original" in card
+    assert "target_modified" not in model_card("name", result, drafter="start", recipe="", command="")
     assert [result.drafters[name].target_modified for name in folders] == ["adapter", None]
     assert list(part.tuned) == ["drafter"]
     figures = part.tuned["drafter"]
