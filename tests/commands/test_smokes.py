@@ -60,6 +60,8 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
         "kangaroo_llama3.1_8b": [*EMBEDDED, "export.dtype=float32"],
         "medusa_llama3.1_8b": EMBEDDED,
         "layer_skip_llama3.1_8b": EMBEDDED,
+        "consistency_llama3.1_8b": EMBEDDED,
+        "lexical_units_llama3.1_8b": [*EMBEDDED, "drafter.look_ahead_token_id=1"],
         "smollm2_layer_skip": [*EMBEDDED, *EMBEDDED_TEXT],
         "eagle3_llama3.1_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
         "eagle3_qwen3_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],

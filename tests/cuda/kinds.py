@@ -42,6 +42,24 @@ KINDS: dict[str, Kind] = {
     ),
     "medusa": Kind({"kind": "medusa", "num_heads": 2}, {"kind": "ce"}, {"cache": "full"}),
     "medusa2": Kind({"kind": "medusa", "num_heads": 2, "joint": {"lora": {"rank": 2}}}, {"kind": "ce"}),
+    "consistency": Kind(
+        {"kind": "consistency", "block": 4, "tune": {"lora": {"rank": 2}}},
+        {"kind": "forward_kl"},
+        GENERATED | {"generate": GENERATED["generate"] | {"temperatures": [0.0]}},
+    ),
+    "consistency_whole": Kind(
+        {"kind": "consistency", "block": 4, "tune": {"lora": None}},
+        {"kind": "ce"},
+        GENERATED | {"generate": GENERATED["generate"] | {"temperatures": [0.0]}},
+    ),
+    "lexical_units": Kind(
+        {
+            **{"kind": "lexical_units", "look_ahead_token_id": 1, "ahead": 2, "threshold": 0.001},
+            "tune": {"lora": {"rank": 2}},
+        },
+        {"kind": "forward_kl"},
+        GENERATED,
+    ),
     "kangaroo": Kind({"kind": "kangaroo", "exit_layer": 1}, {"kind": "forward_kl"}, {"cache": "top_k"}),
     "early_exit": Kind({"kind": "early_exit", "exit_layer": 1, "rotation": 1, "tune": {"lora": {"rank": 2}}}),
     "eagle": Kind({"kind": "eagle", "num_steps": 2}),
@@ -131,8 +149,8 @@ ON_POLICY = Kind(
 TUNED = ("medusa2", "early_exit")
 """Kinds that train their target."""
 
-IN_FIRST_BLOCKS = ("kangaroo", "early_exit")
-"""Kinds that draft chains only."""
+CHAINS_ONLY = [name for name, kind in KINDS.items() if not drafters.entry(kind.drafter["kind"]).component.drafts_trees]
+"""They draft no trees."""
 
 IN_PROCESSES = "eagle3_cut"
 """The kind that several processes train."""

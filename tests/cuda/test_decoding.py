@@ -19,7 +19,7 @@ from drafttrain.eval.length.tree import TreeSettings
 from drafttrain.eval.proposers import Surroundings, make, proposers
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
 from drafttrain.target_model import Target
-from tests.cuda.kinds import IN_FIRST_BLOCKS, KINDS, SEARCHED
+from tests.cuda.kinds import CHAINS_ONLY, KINDS, SEARCHED
 from tests.cuda.models import MAX_NEW_TOKENS, PROMPTS, engine, head_folder, packed
 
 pytestmark = pytest.mark.pretended_cuda
@@ -61,7 +61,7 @@ def test_every_kind_drafts_chains_at_a_temperature(name: str, target: Target, dr
     decode(target, drafter_of(name), sampling=SAMPLED)
 
 
-@pytest.mark.parametrize("name", [name for name in (*KINDS, *SEARCHED) if name not in IN_FIRST_BLOCKS])
+@pytest.mark.parametrize("name", [name for name in (*KINDS, *SEARCHED) if name not in CHAINS_ONLY])
 def test_every_kind_that_drafts_trees_does(name: str, target: Target, drafter_of: Any) -> None:
     decode(target, drafter_of(name), length=TreeSettings(num_draft_tokens=6, depth=2, width=2))
 

@@ -22,7 +22,7 @@ from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.length.tree import TreeSettings
 from drafttrain.target_model import Target
 from tests.cuda.happenings import Happenings
-from tests.cuda.kinds import IN_FIRST_BLOCKS, KINDS, loss_settings
+from tests.cuda.kinds import CHAINS_ONLY, KINDS, loss_settings
 from tests.cuda.models import PROMPTS, engine, new_drafter, texts
 from tests.cuda.steps import trained, with_target
 
@@ -140,7 +140,7 @@ def rounds(target: Target, drafter: Drafter, length: Any, max_new_tokens: int) -
 def test_a_round_waits_no_more_than_this(
     name: str, tree: bool, target: Target, drafter_of: Any, cuda: Happenings
 ) -> None:
-    if tree and name in IN_FIRST_BLOCKS:
+    if tree and name in CHAINS_ONLY:
         pytest.skip("it drafts no trees")
     length = TreeSettings(num_draft_tokens=12, depth=3, width=3) if tree else FixedLengthSettings(4)
     drafter = drafter_of(name)

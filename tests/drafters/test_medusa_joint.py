@@ -19,9 +19,9 @@ from drafttrain.core.texts import Prompt, Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters.adapter_folder import merged
 from drafttrain.drafters.lora import LoraAdapter, LoraSettings, LowRank, linears_in
-from drafttrain.drafters.medusa.folder import ADAPTER
 from drafttrain.drafters.medusa.module import Medusa
 from drafttrain.drafters.medusa.settings import JointSettings, MedusaSettings
+from drafttrain.drafters.tuned_target import ADAPTER
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.losses.align import align

@@ -98,7 +98,7 @@ def test_every_kind_with_layers_or_steps_can():
     trained = {
         name: kind for name, kind in kinds.items() if kind.__module__.startswith("drafttrain.") and not kind.searched
     }
-    cannot = {name for name, kind in trained.items() if not kind.recomputes}
+    cannot = {name for name, kind in trained.items() if not kind.recomputes and not issubclass(kind, DraftsItself)}
     assert cannot == {"medusa", "early_exit"}, (
         "a head is one block, whose inputs are what it would store; a tuned target is tuned during the forward only"
     )

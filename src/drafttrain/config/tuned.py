@@ -21,5 +21,12 @@ def problems_of_tuning(recipe: Any, made_of: Any) -> Iterator[str]:
         yield f"train.device: {train.device}: {tunes} trains the target itself, on its device: leave it at auto"
     if recipe.online is not None:
         yield f"online: {tunes} trains the target itself, and the server keeps the one that it loaded: leave it out"
+    if recipe.data.on_policy is not None and made_of.notes(recipe.drafter) is not None:
+        yield f"data.on_policy: drafter.kind {recipe.drafter.kind} is trained on what the target noted about texts: leave it out"
+    if getattr(recipe.drafter, "mixed_labels", None) is not None and recipe.data.cache != "none":
+        yield (
+            f"data.cache: drafter.mixed_labels puts the target's tokens into some texts, whose outputs are not cached: set none, got "
+            f"{recipe.data.cache}"
+        )
     if train.zero_stage == 3 and getattr(recipe.drafter, key).lora is None:
         yield f"{tunes}.lora: null trains a whole copy of the target, which cannot be partitioned: use train.deepspeed.stage 0, 1 or 2"

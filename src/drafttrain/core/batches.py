@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from drafttrain.core.altered_text import AlteredText
 from drafttrain.core.eight_bit import as_states
 from drafttrain.core.few_sizes import few_sizes
 from drafttrain.core.flops import EARLY, BatchShape
@@ -104,6 +105,8 @@ class DraftBatch:
     """Made from exactly these tokens, masks and documents (`losses.align.planned`)."""
     own: OwnText | None = None
     """Of a drafter with its own tokenizer (`Drafter.with_own_text`)."""
+    altered: AlteredText | None = None
+    """Of a drafter that is trained on altered texts (`Drafter.notes`)."""
 
     @property
     def shape(self) -> BatchShape:
@@ -137,6 +140,7 @@ class DraftBatch:
             documents_BT=change(self.documents_BT),
             plan=plan and plan.each(change),
             own=self.own and self.own.each(change),
+            altered=self.altered and self.altered.each(change),
             target=self.target and self.target.each(change),
             target_rows=rows.each(change) if isinstance(rows, StoredTargetRows) else rows,
         )

@@ -108,6 +108,15 @@ class LayerState:
 
 
 @dataclass(frozen=True)
+class RowsBeside:
+    """Rows that the target's call reads after the nodes of a proposal. Nothing verifies or keeps them; `observe` gets their logits."""
+
+    tokens: Sequence[int]
+    parents: Sequence[int]
+    """Each row follows a node, or an earlier row: its number plus that of the nodes."""
+
+
+@dataclass(frozen=True)
 class Proposal:
     """A tree of draft tokens; node 0 is the root, the last committed token. parents_N[i] < i, parents_N[0] = -1.
 
@@ -125,6 +134,12 @@ class Proposal:
     """By node, the row of q_rows_RV from which its CHILDREN were drawn; -1: no sampled children."""
     draw: DrawMode = DrawMode.IID
     resume: LayerState | None = None
+    beside: RowsBeside | None = None
+    """What the call reads after the nodes; None: nothing."""
+    confidence: Sequence[float] | None = None
+    """The drafter's probability of each draft token of a chain, for rules that trust it; None: not known."""
+    refined: int = 0
+    """Rounds that have refined this chain since one was accepted whole (Jacobi decoding)."""
     unread_leaf: bool = False
     """The last node was drafted while the target's call ran, so the call does not read it. It is verified by the row of its parent;
     where it is accepted, the round ends without a token of the target's own."""
@@ -133,6 +148,14 @@ class Proposal:
     def num_read(self) -> int:
         """Nodes that the target's call reads."""
         return len(self.tokens_N) - self.unread_leaf
+
+    def read(self) -> tuple[list[int], list[int]]:
+        """Return (tokens, parents) of the rows of the target's call: the nodes that it reads, then those beside them."""
+        nodes = self.tokens_N[: self.num_read].tolist(), self.parents_N[: self.num_read].tolist()
+        if self.beside is None:
+            return nodes
+        assert not self.unread_leaf, "the rows would have other numbers"
+        return nodes[0] + list(self.beside.tokens), nodes[1] + list(self.beside.parents)
 
     @property
     def num_draft_tokens(self) -> int:
@@ -145,6 +168,7 @@ class Proposal:
             return self
         assert self.resume is None, "its states would have to be cut too"
         assert not self.unread_leaf, "the leaf would be another one"
+        assert self.beside is None, "its rows would have to be cut too"
         kind = NodeKind.FIXED if self.q_rows_RV is None or count == 0 else NodeKind.SAMPLED
         rows_RV = None if self.q_rows_RV is None else self.q_rows_RV[:count]
         return chain(self.tokens_N[: count + 1].tolist(), kind=kind, q_rows_RV=rows_RV)

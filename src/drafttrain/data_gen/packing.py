@@ -101,4 +101,11 @@ def as_padding(batch: DraftBatch) -> DraftBatch:
     """Return a batch of the same shape in which no position is trained or counted."""
     nowhere_BT = torch.full_like(batch.documents_BT, -1)
     untrained_BT = torch.zeros_like(batch.loss_mask_BT)
-    return replace(batch, documents_BT=nowhere_BT, loss_mask_BT=untrained_BT, record_ids=(), drawn_tokens=())
+    return replace(
+        batch,
+        documents_BT=nowhere_BT,
+        loss_mask_BT=untrained_BT,
+        record_ids=(),
+        drawn_tokens=(),
+        altered=batch.altered and batch.altered.as_padding(),
+    )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from drafttrain.core.altered_text import packed_alterations
 from drafttrain.core.batches import DraftBatch
 from drafttrain.core.console import say
 from drafttrain.core.target_rows import TargetNeeds
@@ -25,10 +26,12 @@ from drafttrain.data_gen.sources import Source, Versioned, content_of, sources
 from drafttrain.data_gen.stored.arriving import Arriving
 from drafttrain.data_gen.stored.cache_writer import build_cache
 from drafttrain.data_gen.stored.logged_distribution import with_logged
+from drafttrain.data_gen.stored.noted_texts import NotedTexts
 from drafttrain.data_gen.stored.records import Store, open_store
 from drafttrain.data_gen.stored.target_cache import RowCache, with_stored
 from drafttrain.data_gen.stored.target_sums import add_sums, sums_of_shards
 from drafttrain.data_gen.stored.wanted import Wanted
+from drafttrain.drafters.text_notes import TextNotes
 from drafttrain.target_model import Target
 
 STEPS_LOOKED_AT = 32
@@ -44,6 +47,8 @@ class TrainingData:
         self.encoder = encoder
         self.sampler = Sampler([len(store) for store in stores], [s.weight for s in settings.sources], seed=seed)
         self.caches: list[RowCache | None] = [None] * len(self.stores)
+        self.noted: list[NotedTexts] = []
+        """By source, what the target noted about its texts; empty: the drafter reads no notes."""
 
     def plain(self) -> TrainingData:
         """Return the data without the sources that the target generates."""
@@ -122,7 +127,17 @@ class TrainingData:
         multiple: int,
     ) -> DraftBatch:
         records = [drawn.get(number) or self.stores[source][record] for number, source, record in members]
+        altered = [
+            self.noted[source].altered(index, record, step=step, number=number)
+            for record, (number, source, index) in zip(records, members, strict=True)
+            if self.noted
+        ]
+        if altered:
+            records = [replace(record, tokens=one.text) for record, one in zip(records, altered, strict=True)]
         batch, at = pack(records, width=self.settings.max_length, multiple=multiple, weight_of_step=weight, step=step)
+        if altered:
+            labels = [int(self.stores[source].num_labels[index]) for _, source, index in members]
+            batch = replace(batch, altered=packed_alterations(batch.tokens_BT, at, altered, labels))
         number = np.array([n for n, _, _ in members] + [-1])
         batch.documents_BT[:] = batch.documents_BT.new_tensor(number[batch.documents_BT.numpy()])
         if any(record.drawn_by for record in records):
@@ -294,6 +309,24 @@ def attach_cache(
                 add_sums(cache, store, target)
                 cache = RowCache(place, target, wanted)
             data.caches[number] = cache
+
+
+def attach_notes(
+    data: TrainingData, folder: Path, target: Target, notes: TextNotes, *, num_records: int, seed: int
+) -> None:
+    """Let the target note what the drafter is trained on about the records that training will read."""
+    for number, (store, records) in enumerate(zip(data.stores, data.visited(num_records=num_records), strict=True)):
+        about = {
+            "notes": notes.name,
+            "settings": notes.about(),
+            "target_fingerprint": target.fingerprint,
+            "seed": seed,
+            "store": store.meta["about"],
+        }
+        noted = NotedTexts(folder / f"{number}-{notes.name}", store, notes, about=about, seed=seed)
+        if records:
+            noted.write(records, target)
+        data.noted.append(noted)
 
 
 def note_contamination(data: TrainingData, prompts: Mapping[Key, Sequence[Sequence[int]]], path: Path) -> list[Key]:

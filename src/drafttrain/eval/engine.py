@@ -145,8 +145,7 @@ class Engine:
                 counts = self.policy.schedule(len(live))
                 proposals = [one.first(count) for one, count in zip(proposals, counts, strict=True)]
         with self._clock.phase("verify_seconds", live):
-            nodes = [proposal.tokens_N[: proposal.num_read].tolist() for proposal in proposals]
-            trees = [proposal.parents_N[: proposal.num_read].tolist() for proposal in proposals]
+            nodes, trees = zip(*(proposal.read() for proposal in proposals), strict=True)
             states = [proposal.resume for proposal in proposals]
             needs = replace(self.proposer.needs | self.rule.needs, logits=True)
             seen = self._lm.forward(nodes, parents=trees, needs=needs, resume=states)

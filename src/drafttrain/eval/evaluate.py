@@ -34,6 +34,7 @@ from drafttrain.eval.result import (
 )
 from drafttrain.eval.settings import EvalSettings, length_label
 from drafttrain.eval.spec_bench import write_answers
+from drafttrain.eval.tuned import tuned_figures
 from drafttrain.eval.typed_json import from_json
 from drafttrain.eval.unfinished import Unfinished, made_with
 from drafttrain.heads.folder import check_made_for
@@ -73,7 +74,8 @@ def evaluate(
         unfinished = None  # what a proposer remembers is not stored, so the evaluation could not be continued
     stored = Unfinished(unfinished, made_with(folders, target, prompts, settings) if unfinished else {})
     temperatures = [
-        _at_temperature(t, sources, arms_targets, prompts, settings, stored, answers) for t in settings.temperatures
+        _at_temperature(t, sources, arms_targets, target, prompts, settings, stored, answers)
+        for t in settings.temperatures
     ]
     stored.remove()
     return Result(
@@ -142,6 +144,7 @@ def _at_temperature(
     temperature: float,
     sources: Mapping[str, Source],
     targets: Mapping[str, Target],
+    original: Target,
     prompts: Sequence[Prompt],
     settings: EvalSettings,
     stored: Unfinished,
@@ -149,9 +152,10 @@ def _at_temperature(
 ) -> AtTemperature:
     greedy = temperature == 0
     sampling = Sampling() if greedy else Sampling(temperature, settings.top_p, settings.top_k)
-    # One plain arm for each target: an arm is compared with the plain decoding of its own.
+    # One plain arm for each target: an arm is compared with the plain decoding of its own, a tuned target with the original.
     plains = {
-        id(one): Arm.create("plain", PLAIN, one, sampling, settings, length=settings.length) for one in targets.values()
+        id(one): Arm.create("plain", PLAIN, one, sampling, settings, length=settings.length)
+        for one in (*targets.values(), original)
     }
     by_length = list(_arms_by_length(sources, targets, sampling, settings))
     arms = [arm for group in by_length for arm in group]
@@ -171,7 +175,13 @@ def _at_temperature(
         arm.name: drafter_figures(arm, baselines[id(arm.target)], plains[id(arm.target)], sampling, settings)
         for arm in arms
     }
-    return AtTemperature(temperature, plain_figures(plain, generated), figures, _comparisons(by_length, settings))
+    tuned = {
+        name: tuned_figures(plains[id(targets[name])], plains[id(original)], settings)
+        for name, source in sources.items()
+        if isinstance(source, Drafter) and targets[name] is not original
+    }
+    comparisons = _comparisons(by_length, settings)
+    return AtTemperature(temperature, plain_figures(plain, generated), figures, comparisons, tuned=tuned or None)
 
 
 def _arms_by_length(
@@ -213,4 +223,5 @@ def _evaluated(folder: Path, drafter: Drafter, target: Target) -> EvaluatedDraft
         deepest=drafter.deepest,
         about=read_about(folder),
         target=target.name,
+        target_modified=None if drafter.tuning is None else drafter.tuning.name,
     )

@@ -1,4 +1,4 @@
-"""The cost of a lossy rule: agreement with the target's own outputs, and the score of a task with a checker."""
+"""The cost of a lossy rule, or of a tuned target: agreement with the outputs of the target as it is, and the score of a task."""
 
 from __future__ import annotations
 
@@ -32,6 +32,18 @@ class TaskScore:
     """The share, less that of the target's own outputs, paired over prompts."""
 
 
+@dataclass(frozen=True)
+class TunedFigures:
+    """A tuned target less the original."""
+
+    divergence: Interval
+    """KL(original || tuned) at temperature 1, nats a token of the original's outputs."""
+    agreement: Agreement | None = None
+    """Of the greedy outputs; None: they were sampled."""
+    task: TaskScore | None = None
+    """Of the tuned target, and minus the original's; None: there is no checker."""
+
+
 def agreement(own: Sequence[Generation], found: Sequence[Generation], units: Sequence[str]) -> Agreement:
     """Compare outputs with the target's own.
 
@@ -58,6 +70,22 @@ def solved(
 def task_score(found: Sequence[float], own: Sequence[float]) -> TaskScore:
     """Return the share of prompts solved, and the difference from the target's own share."""
     return TaskScore(share_interval(found, [1] * len(found)), share_difference(found, own).interval())
+
+
+def tuning_in_words(figures: TunedFigures) -> Sequence[str]:
+    """Return what the tuning costs, in sentences."""
+    found = [f"the tuned target is {figures.divergence.text(4)} nats a token from the original (KL)"]
+    if figures.agreement is not None:
+        found.append(
+            f"{figures.agreement.equal_outputs.value:.1%} of its greedy outputs equal the original's, and "
+            f"{figures.agreement.tokens_before_difference.value:.1%} of the tokens come before the first difference"
+        )
+    if figures.task is not None:
+        found.append(
+            f"it solves {figures.task.score.value:.1%} of the prompts, minus the original's share: "
+            f"{figures.task.less_the_targets.text(3)}, paired over prompts"
+        )
+    return found
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -21,7 +21,7 @@ from drafttrain.eval.metrics import PromptCounts
 from drafttrain.eval.older_results import completed
 from drafttrain.eval.parity import Parity
 from drafttrain.eval.pipelined import SERIAL
-from drafttrain.eval.quality import Agreement, TaskScore
+from drafttrain.eval.quality import Agreement, TaskScore, TunedFigures
 from drafttrain.eval.typed_json import from_json, to_json
 from drafttrain.heads.token_head import MadeFor
 
@@ -54,7 +54,9 @@ class EvaluatedDrafter:
     about: About | None
     """Content of its drafttrain.json; None: it has none."""
     target: str
-    """Name of the target that it was decoded with: another one where the folder contains an adapter."""
+    """Name of the target that it was decoded with: another one where it was tuned."""
+    target_modified: str | None = None
+    """What of the folder the target was modified with: `adapter` or `target`; None: it is as it was."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,8 @@ class AtTemperature:
     plain: PlainFigures
     drafters: Mapping[str, DrafterFigures]
     comparisons: Mapping[str, PairedComparison]
+    tuned: Mapping[str, TunedFigures] | None = None
+    """By drafter, what tuning its target costs; None: all decoded with the original."""
 
 
 @dataclass(frozen=True)

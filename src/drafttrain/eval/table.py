@@ -13,6 +13,7 @@ from drafttrain.eval.compared import (
     pair_rows,
 )
 from drafttrain.eval.interval import RELIABLE_PROMPTS, Interval, number
+from drafttrain.eval.quality import tuning_in_words
 from drafttrain.eval.result import AtTemperature, DrafterFigures, HeadFigures, PlainFigures, Result
 
 CARRIES_OVER = "What carries over to a GPU"
@@ -79,6 +80,9 @@ def _show_notes(result: Result) -> None:
     for part in result.temperatures:
         for name, figures in part.drafters.items():
             _show_quality(part, name, figures)
+        for name, tuned in (part.tuned or {}).items():
+            for sentence in tuning_in_words(tuned):
+                say(f"temperature {part.temperature:g}, {name}: {sentence}")
         _show_baselines(part.plain)
     if result.head is not None:
         _show_head(result.head)

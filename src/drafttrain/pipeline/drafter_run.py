@@ -18,7 +18,7 @@ from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.vocabulary import share_of_tokens
 from drafttrain.data_gen.on_policy import OnPolicyData
 from drafttrain.data_gen.stored.arriving import Arriving
-from drafttrain.data_gen.training_data import TrainingData, attach_cache
+from drafttrain.data_gen.training_data import TrainingData, attach_cache, attach_notes
 from drafttrain.distributed.collectives import first_before_others, shared, wait_for_all
 from drafttrain.distributed.world import is_first
 from drafttrain.drafters import Drafter, drafters
@@ -48,7 +48,7 @@ class DrafterRun(Run):
         """Encode the sources and cache the target's outputs on them."""
         if self.recipe.data.cache_while_training:
             self.write_cache()
-        training_data(self)
+        self._noted(training_data(self))
         if self.placement == "absent":
             # The training reads it, and may have no target that could be run.
             _ = self.validation.target
@@ -59,7 +59,7 @@ class DrafterRun(Run):
             say("training: done before, skipped")
             return
         wait_for_all("they begin to train")
-        data = training_data(self)
+        data = self._noted(training_data(self))
         if self.has_target():
             _ = self.target, self.validation.target
             self.target.release()
@@ -69,6 +69,17 @@ class DrafterRun(Run):
             self._distil(data)
         finally:
             self._cache_process.close()
+
+    def _noted(self, data: TrainingData) -> TrainingData:
+        """Return the data with what the target notes about its texts, if the drafter is trained on notes."""
+        recipe = self.recipe
+        component: Any = drafters.entry(recipe.drafter.kind).component
+        notes = component.notes(recipe.drafter)
+        if notes is not None:
+            target, count = self.target, recipe.train.max_steps * recipe.train.batch_size
+            with first_before_others(f"it notes {notes.name}"):
+                attach_notes(data, self.folder.data, target, notes, num_records=count, seed=recipe.seed)
+        return data
 
     def _distil(self, data: TrainingData) -> None:
         drafter, loss = self.start(data), self.loss()

@@ -12,15 +12,20 @@ from typing import Any
 
 from drafttrain.core.console import progress
 from drafttrain.core.target_rows import TargetNeeds
-from drafttrain.core.texts import Sampling
+from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import TokenCount, continuations
 from drafttrain.data_gen.states import states
 from drafttrain.data_gen.stored.validation_target import cached_continuations, cached_target
+from drafttrain.eval.acceptance.lossless import Lossless
+from drafttrain.eval.engine import Engine
 from drafttrain.eval.interval import Interval
+from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
+from drafttrain.eval.metrics import counts_of, totals_of
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.repetition import tokens_before_repetition
 from drafttrain.eval.replay import ReplayRows, Text, expected_rounds, mean_bound, replay_rows
+from drafttrain.eval.slices import part_of
 from drafttrain.eval.statistics import ratio_interval
 from drafttrain.pipeline.data import contaminated_prompts
 from drafttrain.pipeline.evaluating import check_lengths
@@ -112,6 +117,8 @@ class Validation:
         lengths = sorted({*settings.replay_lengths, length})
 
         def estimate(drafter: Any) -> dict[str, Any]:
+            if not drafter.replayable:
+                return self._decoded(drafter)
             with drafter.adapting(target):
                 rows = replay_rows(target, drafter, texts, self.sampling, num_depths=max(lengths))
             by_length = {k: replayed_efficiency(rows, k) for k in lengths}
@@ -131,6 +138,35 @@ class Validation:
             }
 
         return estimate
+
+    def _decoded(self, drafter: Any) -> dict[str, Any]:
+        """Return the figures of a drafter whose drafts depend on the rounds before: the validation prompts are decoded with it."""
+        settings, target = self._run.recipe.eval, self.target
+        prompts = [Prompt(text.id, list(text.prompt)) for text in self.texts]
+        with drafter.adapting(target):
+            engine = Engine(
+                target,
+                drafter.proposer(target),
+                rule=Lossless(),
+                policy=FixedLength(FixedLengthSettings(settings.length.chain_length)),
+                sampling=self.sampling,
+                max_new_tokens=settings.max_new_tokens,
+                seed=settings.seed,
+            )
+            size = settings.batch_size
+            written = [
+                one for start in range(0, len(prompts), size) for one in engine.generate(prompts[start : start + size])
+            ]
+        counts = [counts_of(one, repetition_ngram=settings.repetition_ngram) for one in written]
+        found, totals = ratio_interval(*part_of(counts)), totals_of(counts)
+        alpha = totals.acceptance_by_position[0] if totals.acceptance_by_position else 0.0
+        return {
+            "block_efficiency": found.value,
+            "block_efficiency_low": found.low,
+            "block_efficiency_high": found.high,
+            "alpha": alpha,
+            "message": f"block efficiency {found.value:.2f}, decoded; rounds whose first draft token is accepted {alpha:.3f}",
+        }
 
 
 def replayed_efficiency(rows: Sequence[ReplayRows], num_draft_tokens: int) -> Interval:

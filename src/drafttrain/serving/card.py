@@ -9,6 +9,7 @@ from typing import Any
 
 from drafttrain.drafters import drafters
 from drafttrain.eval.interval import interval_of, number, p_value
+from drafttrain.eval.quality import tuning_in_words
 from drafttrain.eval.result import Result
 from drafttrain.eval.table import (
     CARRIES_OVER,
@@ -84,7 +85,7 @@ tokens; the target decides. It is not a chat model by itself.
 
 {result.num_prompts} prompts, {length}, 95 % intervals over prompts; measured on these files with the embedded evaluator.
 {parity_line}
-{_by_domain(result, drafter)}
+{_target_modified(result, drafter)}{_by_domain(result, drafter)}
 On {made.machine.processor}: {THIS_MACHINE_CAPTION}.
 
 | temperature | tokens/s | speed-up | baseline | prompts |
@@ -99,6 +100,21 @@ On {made.machine.processor}: {THIS_MACHINE_CAPTION}.
 
 {block(recipe, "yaml")}
 """
+
+
+def _target_modified(result: Result, drafter: str) -> str:
+    """Return that the target was tuned, and what that costs; empty where it was not."""
+    about = result.drafters[drafter]
+    if about.target_modified is None:
+        return ""
+    lines = [
+        f"\n**target_modified**: it drafts for {code(about.target)}, which is {code(result.target.name)} with `{about.target_modified}/` of "
+        "this folder. Parity and speed-up are those of that target. It is another model:\n"
+    ]
+    for part in result.temperatures:
+        if (figures := (part.tuned or {}).get(drafter)) is not None:
+            lines += [f"- temperature {part.temperature:g}: {plain(one)}" for one in tuning_in_words(figures)]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _by_domain(result: Result, drafter: str) -> str:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict
 from drafttrain.core.registry import Registry
 from drafttrain.core.roles import ForwardListener, Proposer
-from drafttrain.core.target_rows import TargetNeeds, TargetOutput
-from drafttrain.core.texts import Sampling
 from drafttrain.drafters import Drafter
+from drafttrain.drafters.text_drafts import TextDrafts
 from drafttrain.target_model import Target
 
 proposers = Registry("proposer", "drafttrain.eval.proposers")
@@ -71,58 +65,13 @@ def is_warm(settings: Any) -> bool:
     return bool(getattr(settings, "warm", False)) or any(is_warm(one) for one in values if hasattr(one, "kind"))
 
 
-class TextDraft(Protocol):
-    """Drafts the continuation of one text."""
-
-    def draft(self, budget: Budget, generator: torch.Generator) -> Proposal:
-        """Return a proposal of FIXED nodes. Random choices use this generator, which decides nothing else."""
-        ...
-
-    def learn(self, verdict: Verdict, logits_NV: Tensor) -> None:
-        """Read what the target computed in this round: the logits after every node of the verified proposal."""
-        ...
-
-
-class TextProposer:
+class TextProposer(TextDrafts):
     """Base class of proposers that draft each text on its own: `start` returns the drafter of one text."""
-
-    needs = TargetNeeds()
 
     @classmethod
     def create(cls, settings: Any, surroundings: Surroundings) -> Proposer:
         """Return the proposer of these settings."""
         return cls(settings)  # type: ignore[call-arg]
-
-    def start(self, context: Context) -> TextDraft:
-        """Return the drafter of a new text, whose tokens are appended to the context."""
-        raise NotImplementedError
-
-    def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
-        """Start on new texts."""
-        self._texts = [self.start(context) for context in contexts]
-
-    def propose(
-        self,
-        budgets: Sequence[Budget],
-        sampling: Sampling,
-        generators: Sequence[torch.Generator],
-        more: Callable[[DraftStep], bool | More],
-    ) -> list[Proposal]:
-        """Return one proposal a text. There is no distribution, so length policies cannot stop it early."""
-        return [
-            text.draft(budget, generator)
-            for text, budget, generator in zip(self._texts, budgets, generators, strict=True)
-        ]
-
-    def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
-        """Let every text learn from its round."""
-        for text, verdict, output in zip(self._texts, verdicts, seen, strict=True):
-            assert output.logits_BTV is not None, "the target's call computes the logits of all nodes"
-            text.learn(verdict, output.logits_BTV[0])
-
-    def drop(self, keep: Sequence[int]) -> None:
-        """Keep only these texts."""
-        self._texts = [self._texts[i] for i in keep]
 
     def forget(self) -> None:
         """Return to the state before the first prompt. By default there is none that lives across prompts."""

@@ -13,8 +13,9 @@ from torch import Tensor
 from drafttrain.core.probability import likeliest
 from drafttrain.core.proposals import Budget, Context, Proposal, Verdict
 from drafttrain.core.settings import setting
+from drafttrain.drafters.text_drafts import nodes_along
 from drafttrain.eval.proposers import TextProposer, proposers
-from drafttrain.eval.proposers.token_tree import TokenTree, nodes_along
+from drafttrain.eval.proposers.token_tree import TokenTree
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from drafttrain.core.proposals import Budget, Proposal, fixed_tree
 
@@ -45,21 +45,3 @@ class TokenTree:
     def proposal(self) -> Proposal:
         """Return the tree."""
         return fixed_tree(self.tokens[0], list(zip(self.tokens[1:], self._parents[1:], strict=True)))
-
-
-def nodes_along(proposal: Proposal, paths: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return, for each path of tokens from the root down, its nodes in a proposal, as far as they are there."""
-    child: dict[tuple[int, int], int] = {}
-    for node, (token, parent) in enumerate(zip(proposal.tokens_N.tolist(), proposal.parents_N.tolist(), strict=True)):
-        child.setdefault((parent, token), node)
-    return [_follow(child, tokens) for tokens in paths]
-
-
-def _follow(child: Mapping[tuple[int, int], int], tokens: Sequence[int]) -> list[int]:
-    path: list[int] = []
-    for token in tokens:
-        node = child.get((path[-1] if path else 0, token))
-        if node is None:
-            break
-        path.append(node)
-    return path
