@@ -16,6 +16,7 @@ from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import Drafter, drafters
+from drafttrain.drafters.drafts_itself import DraftsItself
 from drafttrain.losses import losses
 from drafttrain.losses.step import batch_loss, with_plan
 from drafttrain.target_model import Target
