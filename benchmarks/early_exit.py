@@ -99,6 +99,8 @@ def grown(model: str, out: Path) -> Path:
 
 def fitted(name: str, out: Path, target: Path, arguments: argparse.Namespace) -> Path:
     """Train a kind on texts of the target, if that was not done; return its run folder."""
+    if (out / name / "drafter").exists():
+        return out / name
     recipe = the_recipe(
         argparse.Namespace(out=out, model=target, records=arguments.records, steps=0, loss="forward_kl")
     )
@@ -166,6 +168,7 @@ def main() -> None:
     parser.add_argument("--prompts", help="default: openings that the model writes")
     parser.add_argument("--records", type=int, default=600)
     parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--kinds", nargs="*", default=list(TRAINED), choices=list(TRAINED), help="what is trained")
     parser.add_argument("--num", type=int, default=16, help="prompts")
     parser.add_argument("--new", type=int, default=96, help="new tokens of each")
     parser.add_argument("--temperatures", type=float, nargs="*", default=[0.0, 1.0])
@@ -181,7 +184,7 @@ def main() -> None:
         folder = grown(arguments.model, out)
         if not (out / "train.jsonl").exists():
             openings(str(folder), out, arguments.records)
-        runs = {name: fitted(name, out, folder, arguments) for name in TRAINED}
+        runs = {name: fitted(name, out, folder, arguments) for name in arguments.kinds}
         target = Target.load(TargetSettings(model=str(folder), dtype=arguments.dtype))
         drafters = {name: read_drafter(run / "drafter", target) for name, run in runs.items()}
     else:
