@@ -59,6 +59,7 @@ KINDS = {
     "causal_lm_fresh": ("drafter={kind: causal_lm}", "loss.kind=tvdpp"),
     "medusa": ("drafter={kind: medusa}", "loss.kind=ce"),
     "kangaroo": ("drafter={kind: kangaroo}", "loss.kind=forward_kl"),
+    "early_exit": ("drafter={kind: early_exit, rotation: 2, tune: {lora: {rank: 16}}}", "loss.kind=forward_kl"),
     "eagle": ("drafter={kind: eagle}", "loss.kind=forward_kl"),
     "eagle3": ("drafter={kind: eagle3, num_steps: 3, draft_vocab_size: 1024}", "loss.kind=lk_hybrid"),
     "chimera": ("drafter={kind: chimera, draft_vocab_size: 1024}", "loss.kind=forward_kl"),
@@ -86,7 +87,7 @@ ENOUGH = 0.01
 TOGETHER = 16
 """Test prompts decoded together; every prompt has its own random numbers."""
 
-NO_TREE = {"kangaroo": "its draft cache holds one path, the target's own"}
+NO_TREE = dict.fromkeys(("kangaroo", "early_exit"), "its draft cache holds one path, the target's own")
 """Why a kind drafts chains only."""
 
 TREE = TreeSettings(num_draft_tokens=24, depth=5, width=4)

@@ -74,6 +74,7 @@ KINDS: dict[str, Kind] = {
         GENERATED,
     ),
     "kangaroo": Kind({"kind": "kangaroo", "exit_layer": 1}, {"kind": "forward_kl"}, {"cache": "top_k"}),
+    "early_exit": Kind({"kind": "early_exit", "exit_layer": 1, "rotation": 1, "tune": {"lora": {"rank": 2}}}),
     "eagle": Kind({"kind": "eagle", "num_steps": 2}),
     "eagle3": Kind({"kind": "eagle3", "num_steps": 2}, {"kind": "lk_hybrid"}, {"cache": "states"}),
     "eagle3_cut": Kind({"kind": "eagle3", "num_steps": 2, "draft_vocab_size": 128}, {"kind": "lk_hybrid"}),
@@ -159,6 +160,12 @@ ON_POLICY = Kind(
     },
 )
 """Answers by both models."""
+
+TUNED = ("medusa2", "early_exit")
+"""Kinds that train their target."""
+
+CHAINS_ONLY = [name for name, kind in KINDS.items() if not drafters.entry(kind.drafter["kind"]).component.drafts_trees]
+"""They draft no trees."""
 
 IN_PROCESSES = "eagle3_cut"
 """The kind that several processes train."""

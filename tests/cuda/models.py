@@ -17,7 +17,7 @@ from drafttrain.eval.engine import Engine
 from drafttrain.eval.length import length_policies
 from drafttrain.heads import heads
 from drafttrain.target_model import Target
-from tests.cuda.kinds import drafter_settings
+from tests.cuda.kinds import TUNED, drafter_settings
 
 PROMPTS = [Prompt(f"p{number}", list(range(1 + number, 10 + 4 * number))) for number in range(2)]
 MAX_NEW_TOKENS = 8
@@ -75,5 +75,5 @@ def decoding_drafter(name: str, target: Target) -> Drafter:
         torch.nn.init.normal_(drafter.adapter.layers[0].self_attn.o_proj.weight)
     if name.startswith("medusa"):
         drafter.paths = [(0,), (1,), (0, 0)]
-    made: Drafter = drafter if name == "medusa2" else drafter.to(torch.bfloat16)
+    made: Drafter = drafter if name in TUNED else drafter.to(torch.bfloat16)
     return made

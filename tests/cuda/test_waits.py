@@ -22,7 +22,7 @@ from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.length.tree import TreeSettings
 from drafttrain.target_model import Target
 from tests.cuda.happenings import Happenings
-from tests.cuda.kinds import KINDS, loss_settings
+from tests.cuda.kinds import CHAINS_ONLY, KINDS, loss_settings
 from tests.cuda.models import PROMPTS, engine, new_drafter, texts
 from tests.cuda.steps import trained, with_target
 
@@ -45,6 +45,7 @@ CHAIN = {
     "medusa": Ceiling(4.7, 3.5),
     "medusa2": Ceiling(4.7, 3.5),
     "kangaroo": Ceiling(6, 31),
+    "early_exit": Ceiling(6, 31),
     "eagle": Ceiling(6, 15),
     "eagle3": Ceiling(6, 15),
     "eagle3_cut": Ceiling(6, 15),
@@ -143,7 +144,7 @@ def rounds(target: Target, drafter: Drafter, length: Any, max_new_tokens: int) -
 def test_a_round_waits_no_more_than_this(
     name: str, tree: bool, target: Target, drafter_of: Any, cuda: Happenings
 ) -> None:
-    if tree and name == "kangaroo":
+    if tree and name in CHAINS_ONLY:
         pytest.skip("it drafts no trees")
     length = TreeSettings(num_draft_tokens=12, depth=3, width=3) if tree else FixedLengthSettings(4)
     drafter = drafter_of(name)

@@ -36,7 +36,8 @@ from tests.eval.decoding import decode, greedy, noisy, small_target
 
 TREE = TreeLength(TreeSettings(num_draft_tokens=16, depth=4, width=4))
 PROMPTS = [Prompt(str(i), [1 + i % 7, 2, 3 + i % 5, *([4, 1 + i % 7, 2] if i % 2 else [])]) for i in range(8)]
-FIXED_ONLY = [name for name in proposers.names() if name not in ("rasd", "rapid", "swift", "ffn_slice")]
+DRAWN = ("rasd", "rapid", "swift", "ffn_slice", "early_exit", "del")
+FIXED_ONLY = [name for name in proposers.names() if name not in DRAWN]
 
 
 @pytest.fixture(scope="module")

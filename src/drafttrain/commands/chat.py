@@ -17,7 +17,6 @@ from drafttrain.core.console import complain, say, table
 from drafttrain.core.errors import CheckpointError, DrafttrainError
 from drafttrain.core.generations import Generation
 from drafttrain.core.marked_text import MarkedOutput
-from drafttrain.core.roles import CostAware
 from drafttrain.core.texts import Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.arms import Arm
@@ -198,7 +197,7 @@ def _arm(opened: Opened) -> Arm:
     settings = opened.settings
     sampling = Sampling(settings.temperatures[0])
     arm = Arm.create("chat", opened.drafter, opened.target, sampling, settings, length=settings.length)
-    if isinstance(arm.engine.policy, CostAware):
+    if arm.measuring:
         arm.warm_up(read_prompts(QUESTIONS, opened.target.tokenizer, prompt_tokens=None))
     return arm
 

@@ -5,8 +5,8 @@ B = sequences, T = positions, V = vocabulary, D = hidden, K = draft depth, N = r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -103,6 +103,8 @@ class LayerState:
 
     layer: int
     hidden_ND: Tensor
+    passed_ND: Mapping[int, Tensor] = field(default_factory=dict)
+    """States on the way that were asked for, by the block that they enter."""
 
 
 @dataclass(frozen=True)

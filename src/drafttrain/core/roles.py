@@ -21,7 +21,7 @@ class Proposer(Protocol):
     """A drafter, or a training-free method, at inference. It owns its cache and drafts for a list of sequences."""
 
     needs: TargetNeeds
-    """What it reads from the target for committed tokens."""
+    """What it reads from the target for committed tokens; asked before each of the target's calls."""
 
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
         """Start new sequences. The target has read their prompts without the last token."""
@@ -57,8 +57,12 @@ class FirstBlocks(Protocol):
         """From now on, allow running blocks 0..layer-1 on their own."""
         ...
 
-    def run_first_blocks(self, tokens: Sequence[Sequence[int]]) -> list[LayerState]:
-        """Read new tokens of every sequence; return the states that enter block `layer`."""
+    def move_split(self, layer: int) -> None:
+        """Between rounds, split at another block that `split_at` has tried."""
+        ...
+
+    def run_first_blocks(self, tokens: Sequence[Sequence[int]], *, passed: Sequence[int] = ()) -> list[LayerState]:
+        """Read new tokens of every sequence; return the states that enter block `layer`, and earlier blocks if asked for."""
         ...
 
 
@@ -165,7 +169,7 @@ class BudgetsBatch(Protocol):
 
 @runtime_checkable
 class CostAware(Protocol):
-    """A length policy that measures before it decides. It is calibrated on a few outputs before the measured ones."""
+    """A length policy, or a proposer, that measures before it decides. It is calibrated on a few outputs before the measured ones."""
 
     def calibrate(self, generations: Sequence[Generation], events: Sequence[ForwardEvent] = ()) -> None:
         """Estimate what it needs from these outputs and the calls of both models that wrote them."""

@@ -48,6 +48,8 @@ class Drafter(nn.Module, ABC):
     """It has no weights to train: `fit` calls `search` where it would train."""
     writes_text: ClassVar[bool] = False
     """It reads nothing of the target, so that its `language_model` continues any text, also during training."""
+    in_first_blocks: ClassVar[bool] = False
+    """Its proposer runs the target's first blocks, on its own nodes only: others cannot add nodes to its proposals."""
     drafts_trees: ClassVar[bool] = True
     """Its proposer drafts a tree where a length policy asks for one."""
     draft: str = "sampled"

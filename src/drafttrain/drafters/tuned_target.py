@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,18 +140,24 @@ class TunedTarget:
         """Within this context the target has the weights in training, without dropout."""
         return self.weights.applied(self.target.model)
 
-    def read(self, batch: DraftBatch, *, hidden: tuple[int, ...] = ()) -> tuple[Tensor, Mapping[int, Tensor]]:
-        """Return (final_BTD, the requested residual streams by index) of the tuned target; gradients reach its weights.
+    def on(self, batch: DraftBatch) -> AbstractContextManager[None]:
+        """Within this context the target has the weights in training, with dropout by the batch's tokens if these are training.
 
         Within `applied`, as in validation, the target is tuned already.
         """
+        if self.weights.on:
+            return nullcontext()
         model = self.target.model
         seed_BT = as_read(model, batch.seed_BT, batch.positions_BT) if self.weights.training else None
-        wanted: Any = {"hidden": hidden, "documents": batch.packed_documents}
-        if self.weights.on:
-            return document_states(model, batch.tokens_BT, batch.positions_BT, **wanted)
-        with self.weights.applied(model, seed_BT=seed_BT):
-            return document_states(model, batch.tokens_BT, batch.positions_BT, **wanted)
+        return self.weights.applied(model, seed_BT=seed_BT)
+
+    def read(self, batch: DraftBatch, *, hidden: tuple[int, ...] = ()) -> tuple[Tensor, Mapping[int, Tensor]]:
+        """Return (final_BTD, the requested residual streams by index) of the tuned target; gradients reach its weights."""
+        model = self.target.model
+        with self.on(batch):
+            return document_states(
+                model, batch.tokens_BT, batch.positions_BT, hidden=hidden, documents=batch.packed_documents
+            )
 
     @functools.cached_property
     def head(self) -> Head:

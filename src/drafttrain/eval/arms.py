@@ -27,7 +27,7 @@ from drafttrain.eval.unfinished import DecodedByArm, DecodedGroup, Event, Unfini
 from drafttrain.target_model import Target
 
 CALIBRATION_PROMPTS = 2
-"""Decoded once more after the warm-up, for a length policy that weighs tokens against time."""
+"""Decoded once more after the warm-up, for a length policy or a proposer that weighs tokens against time."""
 
 
 Source = Drafter | TrainingFree
@@ -86,13 +86,19 @@ class Arm:
         )
         return cls(name, engine, ledger, length, target, source)
 
+    @property
+    def measuring(self) -> list[CostAware]:
+        """Its length policy and its proposer, as far as they weigh tokens against time."""
+        return [one for one in (self.engine.policy, self.engine.proposer) if isinstance(one, CostAware)]
+
     def warm_up(self, prompts: Sequence[Prompt]) -> None:
-        """Decode the first prompt, and calibrate a length policy that weighs tokens against time. Nothing is remembered."""
+        """Decode the first prompt, and calibrate what weighs tokens against time. Nothing else is remembered."""
         self.engine.generate(prompts[:1])
-        if isinstance(self.engine.policy, CostAware):
+        if measuring := self.measuring:
             self.ledger.events.clear()
             generations = self.engine.generate(prompts[:CALIBRATION_PROMPTS])
-            self.engine.policy.calibrate(generations, self.ledger.events)
+            for one in measuring:
+                one.calibrate(generations, self.ledger.events)
         if isinstance(self.engine.proposer, Remembers):
             self.engine.proposer.forget()
         self.ledger.events.clear()

@@ -93,7 +93,6 @@ class Engine:
             proposer.share(self._lm)
         self._stop_tokens = frozenset(target.eos_token_ids if stop_tokens is None else stop_tokens)
         self._num_tokens = target.num_tokens
-        self._needs = replace(proposer.needs | rule.needs, logits=True)
         self._clock = _Clock(self._lm.device)
 
     @torch.no_grad()
@@ -148,7 +147,8 @@ class Engine:
         with self._clock.phase("verify_seconds", live):
             nodes, trees = zip(*(proposal.read() for proposal in proposals), strict=True)
             states = [proposal.resume for proposal in proposals]
-            seen = self._lm.forward(nodes, parents=trees, needs=self._needs, resume=states)
+            needs = replace(self.proposer.needs | self.rule.needs, logits=True)
+            seen = self._lm.forward(nodes, parents=trees, needs=needs, resume=states)
             verdicts = [
                 self._verdict(sequence, proposal, output)
                 for sequence, proposal, output in zip(live, proposals, seen, strict=True)

@@ -11,7 +11,6 @@ from drafttrain.checkpoint import read_about
 from drafttrain.core.console import progress
 from drafttrain.core.provenance import processor as own_processor
 from drafttrain.core.registry import component_mapping
-from drafttrain.core.roles import CostAware
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.arms import Arm
@@ -137,7 +136,7 @@ def _round_seconds(arms: Sequence[Arm], prompt: Prompt) -> list[float]:
     found: list[list[float]] = [[] for _ in arms]
     with progress("timing draft lengths", total=TURNS * len(arms), unit="outputs") as bar:
         for number, arm in enumerate(arms):
-            if number in (0, len(arms) - 1) or isinstance(arm.engine.policy, CostAware):
+            if number in (0, len(arms) - 1) or arm.measuring:
                 arm.warm_up([prompt])
         for _ in range(TURNS):
             for arm, times in zip(arms, found, strict=True):

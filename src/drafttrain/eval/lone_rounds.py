@@ -11,7 +11,6 @@ from typing import Any
 from drafttrain.core.device_time import Span
 from drafttrain.core.generations import ForwardEvent, Round
 from drafttrain.core.proposals import Budget, Context
-from drafttrain.core.roles import CostAware
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.eval.arms import Arm, Source
 from drafttrain.eval.clock import TARGET, CalibratedClock, Host, fitted
@@ -81,7 +80,7 @@ def lone_rounds(
     sampling = Sampling(settings.temperatures[0], settings.top_p, settings.top_k)
     limits = replace(settings, max_new_tokens=NO_END)
     arm = Arm.create("lone", source, target, sampling, limits, length=length, stop_tokens=())
-    if isinstance(arm.engine.policy, CostAware):
+    if arm.measuring:
         arm.engine.max_new_tokens = CALIBRATION_TOKENS
         arm.warm_up([prompt])
         arm.engine.max_new_tokens = NO_END

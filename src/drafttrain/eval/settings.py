@@ -104,6 +104,9 @@ class EvalSettings:
             problems.append(f"also: {label} occurs twice (eval.length counts)")
         beside = [TrainingFree(one).label for one in self.beside]
         problems += [f"beside: {one} occurs twice" for one in dict.fromkeys(beside) if beside.count(one) > 1]
+        chains = [one.kind for one in self.beside if getattr(one, "chains_only", False)]
+        trees = [length_label(one) for _, one in self.lengths() if getattr(one, "most_children", 1) > 1]
+        problems += [f"beside: {one} drafts chains only, and {tree} is a tree" for one in chains for tree in trees]
         if self.schedule == PIPELINED:
             refused = [length_label(one) for one in (self.length, *self.also) if not _drafts_alone(one)]
             problems += [f"schedule: pipelined drafts a chain for each sequence alone, not {one}" for one in refused]

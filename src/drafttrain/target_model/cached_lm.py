@@ -115,6 +115,13 @@ class CachedLM:
                 f"{self.name}: {type(self.model).__name__} gives other logits when it is run in two parts at block {layer}"
             )
 
+    def move_split(self, layer: int) -> None:
+        """Between rounds, split at another block that `split_at` has tried. No key or value is copied."""
+        assert self._first_cache is not None, "call split_at first, then begin"
+        self.split = layer
+        self._first_cache.manage(slice(layer))
+        self.cache.manage(slice(layer, None))
+
     def begin(self, prompts: Sequence[Sequence[int]], *, needs: TargetNeeds | None = None) -> list[TargetOutput]:
         """Empty the cache and read these prompts in one call. Prompts may be empty."""
         self.cache = RaggedCache(len(prompts))
@@ -164,16 +171,20 @@ class CachedLM:
             return read_with_rows(read, self.model, self.rows_beside, tokens, parents)
         return self._read(tokens, parents=parents, needs=needs, part=part, embedded=embedded, prefill=prefill)
 
-    def run_first_blocks(self, tokens: Sequence[Sequence[int]]) -> list[LayerState]:
+    def run_first_blocks(self, tokens: Sequence[Sequence[int]], *, passed: Sequence[int] = ()) -> list[LayerState]:
         """Read new tokens with only the blocks before the split; return the states that enter the next block.
 
         The tokens are then pending. Before `keep`, `forward` must read the same tokens in the same order, resuming from
         these states.
+
+        Args:
+            passed: Earlier blocks; the states that enter these are returned too.
         """
         assert self.split is not None, "call split_at first"
-        needs = TargetNeeds(hidden=(self.split,))
+        needs = TargetNeeds(hidden=(*passed, self.split))
         seen = self._read(tokens, parents=None, needs=needs, part=self._blocks(range(self.split)))
-        return [LayerState(self.split, one.hidden_BTD[self.split][0]) for one in seen if one.hidden_BTD]
+        rows = [{block: states[0] for block, states in one.hidden_BTD.items()} for one in seen if one.hidden_BTD]
+        return [LayerState(self.split, own.pop(self.split), own) for own in rows]
 
     def read_beside(
         self,

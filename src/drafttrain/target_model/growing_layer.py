@@ -106,11 +106,25 @@ class GrowingCache(DynamicCache):  # type: ignore[misc]
     """A Hugging Face cache of growing layers.
 
     Without a configuration every layer stores all columns. Models with a sliding window mask the old ones themselves.
+
+    Args:
+        layers: Of another cache, which this one shares; None: none yet.
+        first: What models ask for is the length of this layer, or of later ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: list[Any] | None = None, *, first: int = 0) -> None:
         super().__init__()
         self.layer_class_to_replicate = GrowingLayer
+        self.first = first
+        if layers is not None:
+            self.layers = layers
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(super().get_seq_length(max(layer_idx, self.first)))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, max(layer_idx, self.first))
+        return sizes
 
     def beside(self, without: Collection[int]) -> GrowingCache:
         """Return a cache that reads this one and writes after its columns (see `LayerBeside`).

@@ -58,7 +58,7 @@ class RaggedCache:
     """
 
     def __init__(self, num_sequences: int, *, layers: slice = slice(None), after: GrowingCache | None = None) -> None:
-        self.hf: GrowingCache = GrowingCache() if after is None else _LayersFrom(layers.start, after)
+        self.hf = GrowingCache() if after is None else GrowingCache(after.layers, first=layers.start)
         self._managed = layers
         self.lengths = [0] * num_sequences
         """Cached tokens by sequence, including pending ones."""
@@ -186,6 +186,11 @@ class RaggedCache:
             cache._real_BC = self._real() & (places_BC <= torch.tensor(cache.lengths)[:, None])
         return cache
 
+    def manage(self, layers: slice) -> None:
+        """Manage other layers, which have the same tokens; nothing may be pending."""
+        assert self.lengths == self.kept, "keep or drop the pending tokens first"
+        self._managed, self.hf.first = layers, layers.start or 0
+
     def bytes_per_token(self) -> int:
         """Return the bytes of one token of one sequence, over all layers; 0 before the first call."""
         return sum(
@@ -247,19 +252,3 @@ class RaggedCache:
                     f"a {type(layer).__name__} does not store one key and value per token: this model's cache cannot be "
                     "rolled back"
                 )
-
-
-class _LayersFrom(GrowingCache):
-    """The same layers as another cache, but its lengths are those of the layers from `first` on."""
-
-    def __init__(self, first: int, whole: GrowingCache) -> None:
-        super().__init__()
-        self.layers = whole.layers
-        self._first = first
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return int(super().get_seq_length(max(layer_idx, self._first)))
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        sizes: tuple[int, int] = super().get_mask_sizes(query_length, max(layer_idx, self._first))
-        return sizes

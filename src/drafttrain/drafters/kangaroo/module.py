@@ -66,6 +66,7 @@ class KangarooDrafter(Drafter):
 
     kind = "kangaroo"
     drafts_trees = False
+    in_first_blocks = True
     recomputes = True
     compiles = True
     lag = 0

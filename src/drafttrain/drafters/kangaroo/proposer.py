@@ -1,13 +1,12 @@
-"""Drafting with the target's own first blocks: they run once per token, and the target continues from their states.
+"""Kangaroo at inference: the adapter, with a cache of its own, reads the states of the target's first blocks.
 
 B = sequences, N = new rows of one call, C = cached rows, D = hidden, H = heads, d = width of a head,
-V = the target's vocabulary, R = tokens that can be drafted, K = draft tokens
+R = tokens that can be drafted
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,24 +15,20 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from drafttrain.core.device_time import Span
-from drafttrain.core.errors import CheckpointError
 from drafttrain.core.generations import ForwardEvent, ForwardShape, Work
-from drafttrain.core.proposals import Budget, Context, DraftStep, LayerState, More, Proposal, Verdict
-from drafttrain.core.roles import FirstBlocks, ForwardListener
+from drafttrain.core.proposals import Context, Verdict
+from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
-from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.core.weights import Weights, weights_of
 from drafttrain.drafters.chain_draft import ChainDraft
 from drafttrain.drafters.few_rows import Product
+from drafttrain.drafters.first_blocks import FirstBlocksProposer
 from drafttrain.target_model.ragged_cache import RaggedCache
 
 
-class KangarooProposer:
+class KangarooProposer(FirstBlocksProposer):
     """Drafts chains with the first blocks, the adapter and the target's head, by sampling or argmax.
-
-    The first blocks read every draft token, even the last one, because the target continues from the states of all nodes.
-    The adapter reads a token only if another one is drafted after it.
 
     Args:
         adapter: Maps states that enter the exit layer to states that the head reads.
@@ -43,6 +38,8 @@ class KangarooProposer:
         vocab_size: Rows of the target's own head.
         draft: `sampled`, or `greedy`: FIXED nodes at every temperature.
     """
+
+    kind = "kangaroo"
 
     def __init__(
         self,
@@ -57,60 +54,19 @@ class KangarooProposer:
         listener: ForwardListener | None = None,
         draft: str = "sampled",
     ) -> None:
+        super().__init__(ChainDraft(vocabulary, vocab_size, draft), exit_layer=exit_layer)
         self.needs = TargetNeeds(hidden=(exit_layer,))
-        self._exit_layer = exit_layer
         self._adapter = _CachedAdapter(adapter, head, head_weights=head_weights, dtype=dtype, listener=listener)
-        self._draft = ChainDraft(vocabulary, vocab_size, draft)
-        self._blocks: FirstBlocks | None = None
-        self._contexts: list[Context] = []
-        self._states: list[list[Tensor]] = []
-        """By sequence and node of its draft, the state that enters the exit layer."""
-        self._unread: list[list[Tensor]] = []
-        """By sequence, the states of committed tokens that the adapter has not read yet."""
-
-    def share(self, target: FirstBlocks) -> None:
-        """Store the target's first blocks, split at the exit layer."""
-        target.split_at(self._exit_layer)
-        self._blocks = target
 
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
         """Run the adapter over the prompts, on the states from the target's first blocks."""
-        self._contexts = list(contexts)
-        self._unread = [[] for _ in contexts]
+        super().begin(contexts, seen)
         rows = [list(one.hidden_BTD[self._exit_layer][0]) if one.hidden_BTD else [] for one in seen]
         self._adapter.begin(rows)
 
-    def propose(
-        self,
-        budgets: Sequence[Budget],
-        sampling: Sampling,
-        generators: Sequence[torch.Generator],
-        more: Callable[[DraftStep], bool | More],
-    ) -> list[Proposal]:
-        """Return one chain per sequence, with the states of its nodes."""
-        if any(budget.width > 1 for budget in budgets):
-            raise CheckpointError("a drafter of kind kangaroo drafts chains only: use a length policy of width 1")
-        chains = self._draft.begin(self._contexts, budgets, sampling, generators, more)
-        self._states = self._first_blocks([context.tokens[-1:] for context in self._contexts])
-        inputs = chains.where_growing(
-            [[*unread, *states] for unread, states in zip(self._unread, self._states, strict=True)]
-        )
-        while chains.growing:
-            states_ND, logits_NR = self._adapter.read(inputs)
-            chains.extend(logits_NR[:, None], states_ND[:, None])
-            if any(chains.drafted):
-                for states, new in zip(self._states, self._first_blocks(chains.drafted), strict=True):
-                    states += new
-            inputs = chains.where_growing([states[-1:] for states in self._states])
-        return [
-            replace(proposal, resume=LayerState(self._exit_layer, torch.stack(states)))
-            for proposal, states in zip(chains.proposals(), self._states, strict=True)
-        ]
-
-    def _first_blocks(self, tokens: Sequence[Sequence[int]]) -> list[list[Tensor]]:
-        """Return, by sequence, the states of its new tokens."""
-        assert self._blocks is not None, "the engine calls `share` before `begin`"
-        return [list(one.hidden_ND) for one in self._blocks.run_first_blocks(tokens)]
+    def read(self, inputs: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+        """Run the adapter and the head."""
+        return self._adapter.read(inputs)
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
         """Keep committed text in the adapter's cache, and the states of committed tokens that it has not read."""
@@ -123,8 +79,7 @@ class KangarooProposer:
 
     def drop(self, keep: Sequence[int]) -> None:
         """Keep only these sequences."""
-        self._contexts = [self._contexts[i] for i in keep]
-        self._unread = [self._unread[i] for i in keep]
+        super().drop(keep)
         self._adapter.drop(keep)
 
 

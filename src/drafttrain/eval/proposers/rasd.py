@@ -58,6 +58,10 @@ class RasdSettings:
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
+        if getattr(self.drafter, "in_target", False):
+            return [
+                f"drafter: {self.drafter.kind} drafts with the verifying target's own blocks, on its own nodes only: choose another"
+            ]
         if not getattr(self.retrieval, "nodes_come_first", False):
             return []
         return [

@@ -24,6 +24,7 @@ class SwiftSettings(SearchSettings):
     """The target without sublayers that are searched while it writes."""
 
     nodes_come_first: ClassVar[bool] = True
+    in_target: ClassVar[bool] = True
 
     start: Literal["even", "drafter"] = setting(
         "even",
