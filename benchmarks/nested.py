@@ -130,21 +130,21 @@ def widths(arguments: argparse.Namespace) -> str:
             target = drafttrain.load_target(str(folders[name]))
             settings = {"num_prompts": arguments.prompts, "beside": beside, **EVALUATION}
             results[name].append(drafttrain.evaluate(drafter, target, **settings))
-    lines = ["| temperature | pair | block efficiency | alpha by seed | difference, paired |", "|---|---|---|---|---|"]
+    lines = ["| temperature | pair | block efficiency | by seed | difference, paired |", "|---|---|---|---|---|"]
     nested = results["nested"]
     for number, temperature in enumerate(EVALUATION["temperatures"]):
         mine, other = (counts(results[name], number, "drafter") for name in results)
         gain = compare(mine, other).block_efficiency.text()
         lines.append(
-            f"| {temperature} | nested: quarter, own keys | {pooled(nested, number, 'drafter')} | {alphas(nested, number, 'drafter')} | {gain} over separate |"
+            f"| {temperature} | nested: quarter, own keys | {pooled(nested, number, 'drafter')} | {by_seed(nested, number, 'drafter')} | {gain} over separate |"
         )
         lost = difference(nested, number, "ffn_slice", "drafter")
         lines.append(
-            f"| {temperature} | nested: quarter, shared keys | {pooled(nested, number, 'ffn_slice')} | {alphas(nested, number, 'ffn_slice')} | {lost} over own keys |"
+            f"| {temperature} | nested: quarter, shared keys | {pooled(nested, number, 'ffn_slice')} | {by_seed(nested, number, 'ffn_slice')} | {lost} over own keys |"
         )
         separate = results["separate"]
         lines.append(
-            f"| {temperature} | separate: small and whole | {pooled(separate, number, 'drafter')} | {alphas(separate, number, 'drafter')} | |"
+            f"| {temperature} | separate: small and whole | {pooled(separate, number, 'drafter')} | {by_seed(separate, number, 'drafter')} | |"
         )
     parity = {str(one.temperatures[0].drafters[arm].parity) for one in nested for arm in ("drafter", "ffn_slice")}
     return "\n".join([*lines, "", f"Greedy parity of the nested pair: {sorted(parity)}"])
@@ -212,9 +212,9 @@ def mean_mbsu(results: Sequence[Result], number: int, arm: str) -> float:
     return sum(found) / len(found)
 
 
-def alphas(results: Sequence[Result], number: int, arm: str) -> str:
-    """Return alpha by seed."""
-    return ", ".join(f"{one.temperatures[number].drafters[arm].alpha.value:.3f}" for one in results)
+def by_seed(results: Sequence[Result], number: int, arm: str) -> str:
+    """Return the block efficiency of each seed."""
+    return ", ".join(f"{one.temperatures[number].drafters[arm].block_efficiency.value:.2f}" for one in results)
 
 
 if __name__ == "__main__":
