@@ -13,7 +13,8 @@ def problems_of_tuning(recipe: Any, made_of: Any) -> Iterator[str]:
         recipe: A `config.recipe.Recipe`.
         made_of: The drafter's class; None: the kind is unknown.
     """
-    key = None if made_of is None else made_of.tuned_by(recipe.drafter)
+    tuned_by = getattr(made_of, "tuned_by", None)
+    key = tuned_by and tuned_by(recipe.drafter)
     if key is None:
         return
     tunes, train = f"drafter.{key}", recipe.train
