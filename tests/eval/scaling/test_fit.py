@@ -59,7 +59,9 @@ def test_noise_alone_is_a_constant():
     assert fitted(lambda size, tokens: 2.5).best.name == "constant"
 
 
-@pytest.mark.parametrize("form", [LogLinear(["x"]), Power(["x"]), Saturating(["x"], num_draft_tokens=7)], ids=str)
+@pytest.mark.parametrize(
+    "form", [LogLinear(["x"]), Power(["x"]), Saturating(["x"], num_draft_tokens=7)], ids=lambda one: one.name
+)
 def test_without_noise_the_coefficients_are_exact(form):
     points = np.geomspace(1e4, 1e8, 9)[:, None]
     planted = {"log-linear": [0.5, 0.4], "power": [4.0, 60.0, 0.4], "saturating": [-5.0, 0.8]}[form.name]

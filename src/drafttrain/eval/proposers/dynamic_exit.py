@@ -40,7 +40,8 @@ class DelSettings(OwnBlocksSettings):
     )
     every_rounds: int = setting(
         4,
-        help="All exits are observed in one of this many rounds: one call of the head for all of their rows.",
+        help="All exits are observed in one of this many rounds, and in each of the first ones: one call of the head for all "
+        "of their rows.",
         ge=1,
     )
     decay: float = setting(0.9, help="Weight of an observed round in the next one.", gt=0, le=1)
@@ -122,7 +123,7 @@ class DynamicExit(EarlyExitProposer):
         if self._costs is None:
             return self.exits[self._num_rounds % len(self.exits)], most
         known = {one: record.acceptance for one, record in self.records.items() if record.known}
-        return best_draft(known, self._costs, most=most) if known else (self.exits[len(self.exits) // 2], most)
+        return best_draft(known, self._costs, most=most) if known else (self.exits[len(self.exits) // 2], min(1, most))
 
     def propose(
         self,
@@ -135,7 +136,8 @@ class DynamicExit(EarlyExitProposer):
         self._sampling = sampling
         self._exit_layer, length = self.choice(max(min(one.nodes, one.depth) for one in budgets))
         self._blocks.move_split(self._exit_layer)
-        self._observed = self._num_rounds % self.settings.every_rounds == 0
+        number, every = self._num_rounds, self.settings.every_rounds
+        self._observed = number < every or number % every == 0
         self._num_rounds += 1
         looked_at = self.exits if self._observed else []
         before = [one for one in looked_at if one < self._exit_layer]
