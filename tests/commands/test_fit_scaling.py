@@ -11,9 +11,16 @@ import pytest
 
 from drafttrain.commands.fit_scaling import fit_runs
 from drafttrain.core.errors import DataError
+from drafttrain.eval.scaling import fit
 from drafttrain.pipeline.scaling_runs import read_points
 from tests.cli.test_cli import call
 from tests.commands.test_sweep import Finisher, counts, swept
+
+
+@pytest.fixture(autouse=True)
+def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "DRAWS", 10)
+
 
 SIZES, TOKENS = (1e5, 3e5, 1e6, 3e6), (1e6, 4e6, 1.6e7, 6.4e7)
 

@@ -85,7 +85,7 @@ def fit_scaling(
     *,
     num_draft_tokens: float,
     seed: int = 0,
-    draws: int = DRAWS,
+    draws: int | None = None,
 ) -> Scaling:
     """Fit all forms of these variables.
 
@@ -93,6 +93,7 @@ def fit_scaling(
         variables: By name, the value of each run.
         values: Block efficiency of each run.
         num_draft_tokens: K: block efficiency is at most K + 1.
+        draws: Samples of the bootstrap; None: 1,000.
 
     Raises:
         DataError: A variable has fewer than four different values, or there are too few runs.
@@ -111,7 +112,7 @@ def fit_scaling(
         problems.append(f"{len(values_n)} runs, {needed} are needed to choose between {len(forms)} forms")
     if problems:
         raise DataError(f"cannot fit: {'; '.join(problems)}")
-    rows_bn = np.random.default_rng(seed).integers(len(values_n), size=(draws, len(values_n)))
+    rows_bn = np.random.default_rng(seed).integers(len(values_n), size=(draws or DRAWS, len(values_n)))
     fitted = [_fitted(form, points_nx, values_n, rows_bn) for form in forms]
     return Scaling(names, num_draft_tokens, sorted(fitted, key=lambda one: one.aicc))
 
