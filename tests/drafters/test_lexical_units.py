@@ -235,6 +235,12 @@ def test_sampled_output_has_the_targets_distribution(draft: str):
     assert chi_square(small.model, drafter.proposer(small), temperature=1.0, samples=800) > 1e-3
 
 
+@pytest.mark.parametrize("draft", ["sampled", "greedy"])
+def test_a_saved_drafter_drafts_as_its_recipe_says(target: Target, tmp_path: Path, draft: str):
+    create(target, draft=draft).save(tmp_path)
+    assert LexicalUnitDrafter.load(tmp_path, target).draft == draft
+
+
 def test_a_threshold_above_one_is_plain_decoding(target: Target, trained: LexicalUnitDrafter):
     assert trained.tuned is not None
     with trained.tuned.applied():
@@ -262,4 +268,7 @@ def test_damaged_files_and_ids_outside_of_the_vocabulary_are_refused(target: Tar
         create(target, look_ahead_token_id=V)
     (tmp_path / "config.json").write_text('{"ahead": 0, "look_ahead_token_id": 1}')
     with pytest.raises(CheckpointError, match="ahead must be a number of at least 1"):
+        LexicalUnitDrafter.load(tmp_path, target)
+    (tmp_path / "config.json").write_text('{"ahead": 2, "look_ahead_token_id": 1, "draft": "beam"}')
+    with pytest.raises(CheckpointError, match=r"config\.json: draft must be sampled or greedy, got 'beam'"):
         LexicalUnitDrafter.load(tmp_path, target)

@@ -125,5 +125,5 @@ class DraftsItself(Drafter):
         self.in_training.save(folder)
 
     @abstractmethod
-    def numbers(self) -> Mapping[str, int]:
+    def numbers(self) -> Mapping[str, int | str]:
         """Return what config.json stores beside the kind."""

@@ -93,7 +93,7 @@ authors' code, hao-ai-lab/Consistency_LLM."""
         """Return Jacobi's proposer: its drafts are read off the verifying call."""
         return JacobiProposer()
 
-    def numbers(self) -> Mapping[str, int]:
+    def numbers(self) -> Mapping[str, int | str]:
         """Return the length of a block."""
         return {"block": self.block}
 

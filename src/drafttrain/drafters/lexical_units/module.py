@@ -101,9 +101,9 @@ published no code."""
         sizes = {"vocab_size": target.vocab_size, "num_tokens": target.num_tokens}
         return LookAheadProposer(ahead=self.ahead, token=self.token, draft=self.draft, **sizes)
 
-    def numbers(self) -> Mapping[str, int]:
-        """Return how many look-ahead tokens there are, and which."""
-        return {"ahead": self.ahead, "look_ahead_token_id": self.token}
+    def numbers(self) -> Mapping[str, int | str]:
+        """Return how many look-ahead tokens there are, which, and how they draft."""
+        return {"ahead": self.ahead, "look_ahead_token_id": self.token, "draft": self.draft}
 
     @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> LexicalUnitDrafter:
@@ -120,7 +120,10 @@ published no code."""
                 f"{path}: ahead must be a number of at least 1 and look_ahead_token_id one of a token, got {ahead!r:.60} and {token!r:.60}"
             )
         _check_token(token, target, f"{path}: look_ahead_token_id")
-        made = cls(ahead=ahead, token=token)
+        draft = config.get("draft", "sampled")
+        if draft not in ("sampled", "greedy"):
+            raise CheckpointError(f"{path}: draft must be sampled or greedy, got {draft!r:.60}")
+        made = cls(ahead=ahead, token=token, draft=draft)
         made.tuning = tuning_in(folder)
         return made.eval()
 
