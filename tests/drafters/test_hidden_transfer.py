@@ -196,9 +196,10 @@ def test_recomputed_activations_give_the_same_gradients_and_run_the_blocks_again
 
 
 def test_the_files_read_back(target, tmp_path):
-    drafter = transfer(target)
+    drafter = transfer(target, draft="greedy", draft_in="own_pass", train_steps="together")
     drafter.save(tmp_path)
     again = HiddenTransferDrafter.load(tmp_path, target, "float64")
+    assert (again.draft, again.draft_in, again.train_steps) == ("greedy", "own_pass", "together")
     batch, _ = packed(target, drafter, LENGTHS, width=22)
     assert torch.equal(logits_of(drafter, batch), logits_of(again, batch))
 
@@ -209,6 +210,7 @@ def test_the_files_read_back(target, tmp_path):
         ("layers", [1, 5, 5], r"layers must be .* of 1\.\.4"),
         ("layers", [3, 2, 2], "not falling"),
         ("draft_in", "both", "draft_in"),
+        ("draft", "drawn", "draft must be sampled or greedy"),
         ("hidden_size", 64, "hidden_size"),
         ("target_fingerprint", "other", "target_fingerprint"),
     ],

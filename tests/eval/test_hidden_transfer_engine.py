@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Prompt, Record, Sampling
@@ -20,6 +21,7 @@ from drafttrain.losses import losses
 from drafttrain.losses.step import batch_loss
 from drafttrain.target_model import Target, rows_beside
 from drafttrain.target_model.cached_lm import CachedLM
+from tests.conftest import byte_tokenizer
 from tests.drafters.eagle_models import eagle_target
 from tests.drafters.hidden_transfer_models import transfer
 from tests.eval.decoding import chi_square, decode, greedy
@@ -175,6 +177,38 @@ def test_drafting_in_the_verifying_call_has_the_rows_of_every_node_in_it(target)
     nodes = [1 + one.num_draft_tokens for one in generation.rounds]
     assert [one.shape.num_tokens for one in ledger.rounds("target")] == [4 * count for count in nodes]
     assert [one.shape.head_rows for one in ledger.rounds("target")] == [4 * count for count in nodes]
+
+
+WINDOW = {
+    "layer_types": ["sliding_attention"] * 4,
+    "sliding_window": 32,
+    "use_sliding_window": True,
+    "max_window_layers": 0,
+}
+
+
+@pytest.mark.parametrize("limited", ["window", "positions"])
+def test_where_rows_have_no_room_in_the_verifying_call_they_have_a_pass_of_their_own(limited):
+    """Texts that reach the sliding window, or the last position embedding, are decoded to their end."""
+    prompt, new = PROMPTS[2], 24
+    sizes = {"vocab_size": 257, "initializer_range": 0.2}
+    if limited == "window":
+        small = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
+        model: Any = Qwen2ForCausalLM(Qwen2Config(**sizes, **small, **WINDOW, intermediate_size=64))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(**sizes, n_embd=32, n_layer=4, n_head=2, n_positions=12 + new))
+    target = Target(model.double().eval(), byte_tokenizer(), name="tiny", fingerprint="")
+    ledger = Ledger()
+    (found,) = decoded(target, transfer(target), prompts=[prompt], new=new, listener=ledger.append)
+    assert found.tokens == greedy(target, prompt, new)
+    rows = [
+        one.shape.num_tokens - 1 - of.num_draft_tokens
+        for one, of in zip(ledger.rounds("target"), found.rounds, strict=True)
+    ]
+    assert rows[0] > 0
+    assert rows[-1] == 0
+    # The first round has a pass of its own, in two parts; so have later ones beyond the window.
+    assert (ledger.calls("target's last blocks") > 2) == (limited == "window")
 
 
 def test_every_pass_of_its_own_is_in_the_ledger(target):

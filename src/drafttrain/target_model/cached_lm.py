@@ -167,8 +167,10 @@ class CachedLM:
         running = range(self.split if states and self.split else 0, self._num_layers)
         part = self._blocks(running, entering=[one.hidden_ND for one in states] or None)
         if self.rows_beside is not None and parents is not None:
-            read = partial(self._read, needs=needs, part=part)
-            return read_with_rows(read, self.model, self.rows_beside, tokens, parents)
+            if self._has_room_for(self.rows_beside, tokens):
+                read = partial(self._read, needs=needs, part=part)
+                return read_with_rows(read, self.model, self.rows_beside, tokens, parents)
+            self.rows_beside.receive([])
         return self._read(tokens, parents=parents, needs=needs, part=part, embedded=embedded, prefill=prefill)
 
     def run_first_blocks(self, tokens: Sequence[Sequence[int]], *, passed: Sequence[int] = ()) -> list[LayerState]:
@@ -257,6 +259,13 @@ class CachedLM:
         """Keep only these sequences, in this order. The others are finished."""
         for cache in self._caches():
             cache.select(keep)
+
+    def _has_room_for(self, added: RowsBeside, tokens: Sequence[Sequence[int]]) -> bool:
+        """Return whether rows after all nodes stay before the sliding window and within the position embeddings."""
+        length, nodes, rows = max(self.lengths), max(map(len, tokens)), len(added.layers)
+        if self.why_one_at_a_time(length + nodes * (1 + rows)):
+            return False
+        return self._position_limit is None or length + nodes + rows <= self._position_limit
 
     def _caches(self) -> list[RaggedCache]:
         return [self.cache] if self._first_cache is None else [self._first_cache, self.cache]

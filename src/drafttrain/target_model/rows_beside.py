@@ -30,7 +30,7 @@ class RowsBeside(Protocol):
         ...
 
     def receive(self, seen: Sequence[TargetOutput]) -> None:
-        """Store the outputs at the rows of each sequence: node by node, as many of each as `layers`."""
+        """Store the outputs at the rows of each sequence: node by node, as many of each as `layers`. Empty: the call had no rows."""
         ...
 
 

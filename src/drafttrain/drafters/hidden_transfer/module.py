@@ -32,6 +32,7 @@ from drafttrain.target_model.logits import head_of
 from drafttrain.target_model.matrix_products import head_parameters, query_width
 
 DRAFT_IN = ("verifying_call", "own_pass")
+DRAFT = ("sampled", "greedy")
 
 
 @drafters.register("hidden_transfer", HiddenTransferSettings)
@@ -194,6 +195,7 @@ No serving engine adds rows to a target's inner blocks; these figures are from t
             "layers": self.layers,
             "train_steps": self.train_steps,
             "draft_in": self.draft_in,
+            "draft": self.draft,
             "target_fingerprint": self._fingerprint,
         }
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -219,12 +221,15 @@ No serving engine adds rows to a target's inner blocks; these figures are from t
                 raise CheckpointError(
                     f"{path}: {key} is {config.get(key)!r:.80}, {target.name} has {wanted!r}: use the target that it was trained in"
                 )
-        if config.get("draft_in") not in DRAFT_IN:
-            raise CheckpointError(
-                f"{path}: draft_in must be {' or '.join(DRAFT_IN)}, got {config.get('draft_in')!r:.60}"
-            )
+        # Folders of earlier versions have no `draft`.
+        config.setdefault("draft", "sampled")
+        for key, allowed in (("draft_in", DRAFT_IN), ("draft", DRAFT)):
+            if config.get(key) not in allowed:
+                raise CheckpointError(f"{path}: {key} must be {' or '.join(allowed)}, got {config.get(key)!r:.60}")
         train_steps = str(config.get("train_steps", "in_turn"))
-        drafter = cls(target, layers=layers, train_steps=train_steps, draft_in=config["draft_in"])
+        drafter = cls(
+            target, layers=layers, train_steps=train_steps, draft_in=config["draft_in"], draft=config["draft"]
+        )
         drafter.to(target.device, getattr(torch, dtype) if isinstance(dtype, str) else dtype or target.model.dtype)
         load_into(drafter, folder / "model.safetensors")
         return drafter.eval()

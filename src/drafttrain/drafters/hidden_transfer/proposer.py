@@ -50,7 +50,8 @@ class HiddenTransferProposer:
     """Drafts from pseudo states of all steps after the last token that the target has read. They are never cached.
 
     They are rows of the verifying call, after every node that may be the last accepted one (`RowsBeside`). After a prompt, and with
-    `own_pass` in every round, they run in a pass of the last blocks beside the target's cache.
+    `own_pass` in every round, they run in a pass of the last blocks beside the target's cache. So they do where a sliding window or
+    the position embeddings have no room for them in the verifying call.
 
     Args:
         vocab_size: Width of the rows of q.
@@ -141,6 +142,7 @@ class HiddenTransferProposer:
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
         """Store the states of the last accepted node, and what was made of them: the target's token after it is the next root."""
         self._states = [_last(output) for output in seen]
+        self._drafts = [None] * len(seen)
         count = len(self.layers)
         for number, (rows, verdict) in enumerate(zip(self._rows, verdicts, strict=bool(self._rows))):
             chain = slice(verdict.path[-1] * count, (verdict.path[-1] + 1) * count)
