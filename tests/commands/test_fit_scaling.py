@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from drafttrain.commands.fit_scaling import fit_runs
 from drafttrain.core.errors import DataError
+from drafttrain.eval.result import LOSSY, read_result
 from drafttrain.eval.scaling import fit
 from drafttrain.pipeline.scaling_runs import read_points
 from tests.cli.test_cli import call
@@ -78,6 +80,15 @@ def test_runs_of_a_sweep_are_points_at_their_exported_step(tmp_path):
     assert one.block_efficiency == sum(p.num_tokens for p in prompts) / sum(p.num_rounds for p in prompts)
     assert (one.tokens, one.seed, one.num_draft_tokens) == (500, 1, 1)
     assert read_points([Path(one.source)]) == [one]
+    assert read_points([tmp_path, Path(one.source)]) == points, "a run beside its sweep counts once"
+    moved = read_result(Path(one.source) / "eval.json")
+    replace(moved, target=replace(moved.target, fingerprint="another")).write(Path(one.source) / "eval.json")
+    with pytest.raises(DataError, match="2 different targets"):
+        read_points([tmp_path])
+    replace(moved, exactness=LOSSY).write(Path(one.source) / "eval.json")
+    with pytest.raises(DataError, match=r"seed-1: eval\.rule is lossy"):
+        read_points([tmp_path])
+    moved.write(Path(one.source) / "eval.json")
     with pytest.raises(DataError, match="there is nothing to fit"):
         fit_runs([tmp_path], out=tmp_path / "out")
 
@@ -86,12 +97,16 @@ def test_what_cannot_be_read_is_named_all_at_once(tmp_path):
     table = write_table(tmp_path / "runs.csv", tokens="many", parameters=0)
     other = write_table(tmp_path / "other.csv", num_draft_tokens=3)
     (tmp_path / "empty").mkdir()
+    high = write_table(tmp_path / "high.csv", block_efficiency=9)
+    (tmp_path / "latin.csv").write_bytes("parameters,tok\xe9ns".encode("latin-1"))
     with pytest.raises(DataError) as caught:
-        read_points([table, other, tmp_path / "empty", tmp_path / "missing.csv"])
+        read_points([table, other, high, tmp_path / "latin.csv", tmp_path / "empty", tmp_path / "missing.csv"])
     message = str(caught.value)
-    assert "runs.csv:5: could not convert string to float: 'many'" in message
+    assert "runs.csv:5: tokens must be a number above 0, got 'many'" in message
     assert "runs with 3, 7 draft tokens" in message
     assert "empty: no eval.json" in message
+    assert "high.csv:5: block_efficiency must be in 1..num_draft_tokens + 1, got 9" in message
+    assert "latin.csv: 'utf-8' codec" in message
     assert "missing.csv" in message
 
 

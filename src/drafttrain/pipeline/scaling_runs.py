@@ -34,6 +34,8 @@ class ScalingPoint:
     mbsu: float
     """Memory-bound speed-up; nan: not known."""
     seed: int
+    target: str = ""
+    """Fingerprint of the run's target; empty: not known."""
 
 
 def read_points(paths: Sequence[Path]) -> list[ScalingPoint]:
@@ -43,14 +45,24 @@ def read_points(paths: Sequence[Path]) -> list[ScalingPoint]:
         DataError: Every path that holds no finished run, and every line of a table that cannot be read.
     """
     points, problems = list[ScalingPoint](), list[str]()
+    folders = dict[Path, None]()
     for path in paths:
         try:
             if path.suffix == ".csv":
                 points += _of_table(path, problems)
             else:
-                points += [_of_run(folder) for folder in _run_folders(path)]
+                # A run that is named beside its sweep counts once.
+                folders |= dict.fromkeys(folder.resolve() for folder in _run_folders(path))
+        except (DrafttrainError, OSError, UnicodeDecodeError, csv.Error) as error:
+            problems.append(str(error) if isinstance(error, DrafttrainError) else f"{path}: {error}")
+    for folder in folders:
+        try:
+            points.append(_of_run(folder))
         except (DrafttrainError, OSError) as error:
             problems.append(str(error))
+    targets = {point.target for point in points if point.target}
+    if len(targets) > 1:
+        problems.append(f"runs of {len(targets)} different targets: a form is of one target")
     depths = sorted({point.num_draft_tokens for point in points})
     if len(depths) > 1:
         problems.append(
@@ -77,6 +89,8 @@ def _of_run(folder: Path) -> ScalingPoint:
     finished = read_finished(folder, seed=0 if stored is None else stored.seed)
     run, result = finished.run, finished.result
     figures = result.greedy_or_first.drafters[DRAFTER]
+    if result.lossy:
+        raise DataError(f"{folder}: eval.rule is lossy: its block efficiency is not that of the target's own text")
     totals = totals_of(figures.prompts)
     exported = [point.tokens for point in run.curve if point.step == run.exported_step]
     return ScalingPoint(
@@ -88,6 +102,7 @@ def _of_run(folder: Path) -> ScalingPoint:
         alpha=totals.draft_acceptance_rate,
         mbsu=figures.mbsu,
         seed=run.seed,
+        target=result.target.fingerprint,
     )
 
 
@@ -98,19 +113,27 @@ def _of_table(path: Path, problems: list[str]) -> Iterator[ScalingPoint]:
             raise DataError(f"{path}: lacks the columns {', '.join(missing)}")
         for number, row in enumerate(reader, 2):
             try:
-                yield ScalingPoint(
+                point = ScalingPoint(
                     source=f"{path}:{number}",
                     **{name: _positive(row, name) for name in COLUMNS},
-                    alpha=float(row.get("alpha") or "nan"),
-                    mbsu=float(row.get("mbsu") or "nan"),
+                    alpha=_positive(row, "alpha") if row.get("alpha") else math.nan,
+                    mbsu=_positive(row, "mbsu") if row.get("mbsu") else math.nan,
                     seed=int(row.get("seed") or 0),
                 )
+                if not 1 <= point.block_efficiency <= point.num_draft_tokens + 1:
+                    raise ValueError(
+                        f"block_efficiency must be in 1..num_draft_tokens + 1, got {point.block_efficiency:g}"
+                    )
+                yield point
             except ValueError as error:
                 problems.append(f"{path}:{number}: {error}")
 
 
 def _positive(row: dict[str, str], name: str) -> float:
-    value = float(row[name] or "nan")
+    try:
+        value = float(row[name] or "nan")
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a number above 0, got {row[name]!r:.40}")
     return value
