@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
+from drafttrain.core.errors import CheckpointError
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Prompt, Record, Sampling
 from drafttrain.data_gen.packing import pack
@@ -198,6 +199,7 @@ def test_where_rows_have_no_room_in_the_verifying_call_they_have_a_pass_of_their
     else:
         model = GPT2LMHeadModel(GPT2Config(**sizes, n_embd=32, n_layer=4, n_head=2, n_positions=12 + new))
     target = Target(model.double().eval(), byte_tokenizer(), name="tiny", fingerprint="")
+    assert transfer(target).replayable == (limited == "positions")
     ledger = Ledger()
     (found,) = decoded(target, transfer(target), prompts=[prompt], new=new, listener=ledger.append)
     assert found.tokens == greedy(target, prompt, new)
@@ -209,6 +211,22 @@ def test_where_rows_have_no_room_in_the_verifying_call_they_have_a_pass_of_their
     assert rows[-1] == 0
     # The first round has a pass of its own, in two parts; so have later ones beyond the window.
     assert (ledger.calls("target's last blocks") > 2) == (limited == "window")
+
+
+def test_rows_longer_than_the_window_are_not_trained():
+    """One mask for all layers has no window; control: rows within it are trained."""
+    sizes = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, **WINDOW, num_key_value_heads=1, intermediate_size=64))
+    target = Target(model.double().eval(), byte_tokenizer(), name="tiny", fingerprint="")
+    drafter = transfer(target).train()
+    for width in (32, 33):
+        batch, _ = pack([Record("", [1] * width, [True] * width)], width=width, weight_of_step=1.0)
+        batch = replace(batch, target=target.read(batch.tokens_BT, batch.positions_BT, drafter.needs()))
+        if width == 32:
+            drafter(batch)
+        else:
+            with pytest.raises(CheckpointError, match=r"data.max_length: rows of 33 .*sliding window of 32"):
+                drafter(batch)
 
 
 def test_every_pass_of_its_own_is_in_the_ledger(target):

@@ -30,6 +30,7 @@ from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.logits import head_of
 from drafttrain.target_model.matrix_products import head_parameters, query_width
+from drafttrain.target_model.rolling_back import window_of
 
 DRAFT_IN = ("verifying_call", "own_pass")
 DRAFT = ("sampled", "greedy")
@@ -101,6 +102,12 @@ No serving engine adds rows to a target's inner blocks; these figures are from t
         return "kind hidden_transfer runs the target's own blocks"
 
     @property
+    def replayable(self) -> bool:
+        """Not of a target with sliding windows: the forward has one mask for all layers."""
+        (model,) = self._model
+        return window_of(model.config.get_text_config(), name="target") is None
+
+    @property
     def num_steps(self) -> int:
         """Draft tokens of a round."""
         return len(self.layers)
@@ -132,6 +139,8 @@ No serving engine adds rows to a target's inner blocks; these figures are from t
         """Return the target's final states of every pseudo state."""
         assert batch.target is not None, "the trainer reads what `needs` returns"
         (model,) = self._model
+        if self.training:
+            _check_one_mask(model, batch.tokens_BT.shape[1])
         num_steps = min(batch.num_depths or self.num_steps, self.num_steps)
         _, *states = pseudo_states(
             model,
@@ -250,3 +259,25 @@ def _are_layers(layers: Any, *, num_blocks: int) -> bool:
 
 def _width(target: Target) -> int:
     return int(target.model.config.get_text_config().hidden_size)
+
+
+def _check_one_mask(model: Any, num_tokens: int) -> None:
+    """Check that all blocks of the target can be given one mask of a text and its pseudo states.
+
+    Args:
+        num_tokens: Of a row.
+
+    Raises:
+        CheckpointError: Its windows are shorter than the row, or its attention takes no mask.
+    """
+    window = window_of(model.config.get_text_config(), name="target")
+    if window is not None and num_tokens > window:
+        raise CheckpointError(
+            f"data.max_length: rows of {num_tokens} tokens are longer than the target's sliding window of {window}, and hidden_transfer "
+            f"trains with one mask for all layers: set {window} at most"
+        )
+    attention = model.config._attn_implementation
+    if "flash" in attention:
+        raise CheckpointError(
+            f"target.attention: {attention} takes no mask, and the training of hidden_transfer needs one: set sdpa or eager"
+        )
