@@ -113,9 +113,13 @@ def _of_table(path: Path, problems: list[str]) -> Iterator[ScalingPoint]:
             raise DataError(f"{path}: lacks the columns {', '.join(missing)}")
         for number, row in enumerate(reader, 2):
             try:
+                tokens, parameters, efficiency, depth = (_positive(row, name) for name in COLUMNS)
                 point = ScalingPoint(
                     source=f"{path}:{number}",
-                    **{name: _positive(row, name) for name in COLUMNS},
+                    tokens=tokens,
+                    parameters=parameters,
+                    block_efficiency=efficiency,
+                    num_draft_tokens=depth,
                     alpha=_positive(row, "alpha") if row.get("alpha") else math.nan,
                     mbsu=_positive(row, "mbsu") if row.get("mbsu") else math.nan,
                     seed=int(row.get("seed") or 0),
