@@ -164,6 +164,9 @@ ON_POLICY = Kind(
 TUNED = ("medusa2", "early_exit")
 """Kinds that train their target."""
 
+ON_TEXTS = [name for name, kind in KINDS.items() if kind.drafter["kind"] not in ("consistency", "lexical_units")]
+"""They train on texts alone; the others on what the target noted about each, which their recipes write first."""
+
 CHAINS_ONLY = [name for name, kind in KINDS.items() if not drafters.entry(kind.drafter["kind"]).component.drafts_trees]
 """They draft no trees."""
 

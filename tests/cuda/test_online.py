@@ -9,14 +9,14 @@ from drafttrain.losses import losses
 from drafttrain.online.learner import Learner
 from drafttrain.target_model import Target
 from drafttrain.training.settings import TrainSettings
-from tests.cuda.kinds import KINDS
+from tests.cuda.kinds import ON_TEXTS
 from tests.cuda.models import new_drafter, texts
 
 pytestmark = pytest.mark.pretended_cuda
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ON_TEXTS)
 def test_the_learner_steps_and_stands_where_it_stood(name: str, optimizer: str, target: Target) -> None:
     if optimizer == "muon" and name != "causal_lm":
         pytest.skip("one kind will do")

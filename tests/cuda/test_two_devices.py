@@ -27,6 +27,10 @@ def test_every_kind_trains_beside_its_target_or_is_refused_by_name(
         with pytest.raises(RecipeError, match=r"train.device: cuda:1: drafter.(joint|tune) trains the target itself"):
             recipe(kind, target=target_folder, folder=tmp_path, train={"device": "cuda:1"})
         return
+    if name == "hidden_transfer":
+        with pytest.raises(RecipeError, match=r"train.device: cuda:1: hidden_transfer trains inside the target"):
+            recipe(kind, target=target_folder, folder=tmp_path, train={"device": "cuda:1"})
+        return
     made = recipe(kind, target=target_folder, folder=tmp_path, train={"device": "cuda:1", "max_steps": 2})
     run = DrafterRun(made, tmp_path / "run")
     assert next(run.drafter.parameters()).device == torch.device("cuda:1")

@@ -22,7 +22,7 @@ from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.length.tree import TreeSettings
 from drafttrain.target_model import Target
 from tests.cuda.happenings import Happenings
-from tests.cuda.kinds import CHAINS_ONLY, KINDS, loss_settings
+from tests.cuda.kinds import CHAINS_ONLY, KINDS, ON_TEXTS, loss_settings
 from tests.cuda.models import PROMPTS, engine, new_drafter, texts
 from tests.cuda.steps import trained, with_target
 
@@ -42,10 +42,15 @@ MICRO_BATCH = Ceiling(0.5, 0)
 
 CHAIN = {
     "causal_lm": Ceiling(7.25, 13.7),
+    "sorted_lm": Ceiling(7.5, 22.5),
+    "matformer": Ceiling(7.5, 13.7),
     "medusa": Ceiling(4.7, 3.5),
     "medusa2": Ceiling(4.7, 3.5),
     "kangaroo": Ceiling(6, 31),
-    "early_exit": Ceiling(6, 31),
+    "early_exit": Ceiling(6.8, 31),
+    "consistency": Ceiling(4, 5),
+    "consistency_whole": Ceiling(4, 5),
+    "lexical_units": Ceiling(5.2, 5.2),
     "eagle": Ceiling(6, 15),
     "eagle3": Ceiling(6, 15),
     "eagle3_cut": Ceiling(6, 15),
@@ -65,6 +70,7 @@ CHAIN = {
 
 TREE = {
     "causal_lm": Ceiling(9, 15.7),
+    "matformer": Ceiling(6.5, 10.7),
     "medusa": Ceiling(4.7, 3.5),
     "medusa2": Ceiling(4.7, 3.5),
     "eagle": Ceiling(8, 12),
@@ -116,7 +122,7 @@ def taken(cuda: Happenings) -> Happenings:
     return found
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ON_TEXTS)
 def test_a_micro_batch_waits_no_more_than_this(name: str, target: Target, tmp_path: Path, cuda: Happenings) -> None:
     short, long, micro_batches = 1, 3, 2
     # What is looked up once about a target is none of a micro-batch's.

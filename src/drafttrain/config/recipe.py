@@ -99,6 +99,10 @@ class Recipe:
             problems.append(
                 "drafter.kind matformer reads parts of weights, which stage 3 partitions over processes: use train.deepspeed.stage 0, 1 or 2"
             )
+        if getattr(self.drafter, "kind", "") == "hidden_transfer" and self.train.device != "auto":
+            problems.append(
+                f"train.device: {self.train.device}: hidden_transfer trains inside the target, on its device: leave it at auto"
+            )
         problems += self.eval.problems_with(self.drafter)
         problems += self._confidence()
         if is_searched(getattr(self.drafter, "kind", None)):

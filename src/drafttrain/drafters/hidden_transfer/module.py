@@ -131,9 +131,9 @@ No serving engine adds rows to a target's inner blocks; these figures are from t
         return [RowsAsked(tuple(range(1, self.num_steps + 1)), self.lag)]
 
     def pseudo(self, step: int, states: Tensor) -> Tensor:
-        """Return the pseudo state of a step, from 0, in the type of the target's states."""
-        inputs = states.to(self.maps[step].get_parameter("weight").dtype)
-        return states + self.maps[step](inputs).to(states.dtype)
+        """Return the pseudo state of a step, from 0, where the target's states are, in their type."""
+        weight = self.maps[step].get_parameter("weight")
+        return states + self.maps[step](states.to(weight.device, weight.dtype)).to(states.device, states.dtype)
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the target's final states of every pseudo state."""
