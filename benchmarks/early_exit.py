@@ -127,7 +127,7 @@ def free(num_blocks: int, *, drafter: Drafter | None = None) -> list[tuple[str, 
     unsure = ConfidenceSettings(threshold=0.4, max_tokens=8)
     own: dict[str, Any] = {} if drafter is None else {"model": "drafter"}
     exits = [EXIT] if drafter is not None else [num_blocks * part // 30 for part in (13, 19, 25)]
-    settings = [
+    settings: list[tuple[Any, Any]] = [
         (DelSettings(**own), long),
         (DelSettings(costs="blocks", **own), long),
         (DelSettings(stops=False, **own), long),

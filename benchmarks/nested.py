@@ -11,6 +11,7 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ from drafttrain.target_model import Target
 LAYERS = (1, 2, 4)
 NEURONS, QUARTER = 256, 64
 TARGETS = ("builtin:target", "builtin:drafter")
-EVALUATION = {
+EVALUATION: dict[str, Any] = {
     **{"max_new_tokens": 64, "speed_prompts": 0, "temperatures": [0, 1]},
     "length": FixedLengthSettings(5),
 }
