@@ -95,30 +95,31 @@ class Recipe:
             problems.append(
                 "drafter.tokenizer: rows of a head that is partitioned over processes cannot be chosen: use train.deepspeed.stage 0, 1 or 2"
             )
-        if getattr(self.drafter, "kind", "") == "matformer" and self.train.zero_stage == 3:
+        made_of = _component(self.drafter)
+        if made_of is not None and not made_of.trains_partitioned and self.train.zero_stage == 3:
             problems.append(
-                "drafter.kind matformer reads parts of weights, which stage 3 partitions over processes: use train.deepspeed.stage 0, 1 or 2"
+                f"drafter.kind {made_of.kind} reads parts of weights, which stage 3 partitions over processes: use train.deepspeed.stage 0, 1 or 2"
             )
-        if getattr(self.drafter, "kind", "") == "hidden_transfer" and self.train.device != "auto":
+        if made_of is not None and not made_of.trains_elsewhere and self.train.device != "auto":
             problems.append(
-                f"train.device: {self.train.device}: hidden_transfer trains inside the target, on its device: leave it at auto"
+                f"train.device: {self.train.device}: {made_of.kind} trains inside the target, on its device: leave it at auto"
             )
         problems += self.eval.problems_with(self.drafter)
         problems += self._confidence()
         if is_searched(getattr(self.drafter, "kind", None)):
             problems += problems_of_search(self)
-        problems += problems_of_tuning(self, _component(self.drafter))
+        problems += problems_of_tuning(self, made_of)
         problems += self._trees()
         problems += self._numbered_devices()
         problems += [*self._beside(), *problems_of_swift(self)]
         if "gain_over_start" in self.export.require and not self.eval.start:
             problems.append("export.require.gain_over_start: the start is not evaluated with eval.start: false")
         problems += self._adapters()
-        if self.train.compile and (self.online is not None or not getattr(_component(self.drafter), "compiles", False)):
+        if self.train.compile and (self.online is not None or not getattr(made_of, "compiles", False)):
             what = f"drafter {self.drafter.kind}" if self.drafter is not None else "a head"
             what = "online learning" if self.online is not None else what
             problems.append(f"train.compile: {what} has no part to compile: leave it out")
-        if self.train.activation_checkpointing and not getattr(_component(self.drafter), "recomputes", False):
+        if self.train.activation_checkpointing and not getattr(made_of, "recomputes", False):
             what = f"drafter {self.drafter.kind}" if self.drafter is not None else "a head"
             problems.append(
                 f"train.activation_checkpointing: {what} has no stack of layers whose activations could be recomputed"

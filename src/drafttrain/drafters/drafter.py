@@ -46,6 +46,10 @@ class Drafter(nn.Module, ABC):
     """In training, its forward computes only the positions that the rows of its loss need."""
     searched: ClassVar[bool] = False
     """It has no weights to train: `fit` calls `search` where it would train."""
+    trains_partitioned: ClassVar[bool] = True
+    """Its forward calls modules only, so that ZeRO stage 3 may partition its weights; False: it reads parts of weights."""
+    trains_elsewhere: ClassVar[bool] = True
+    """It can be trained on another device than its target's; False: its forward runs inside the target's."""
     writes_text: ClassVar[bool] = False
     """It reads nothing of the target, so that its `language_model` continues any text, also during training."""
     in_first_blocks: ClassVar[bool] = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -47,6 +47,7 @@ class HiddenTransferDrafter(Drafter):
     """
 
     kind = "hidden_transfer"
+    trains_elsewhere: ClassVar[bool] = False
     lag = 1
     needs_target = True
     recomputes = True

@@ -87,6 +87,7 @@ class MatFormerDrafter(CausalLMDrafter):
     """
 
     kind = "matformer"
+    trains_partitioned: ClassVar[bool] = False
     serving: ClassVar[str] = """\
 The folder is a plain language model. `drafttrain extract DRAFTER OUT --ffn M` writes a sub-model as a drafter of kind causal_lm,
 which engines load beside the whole one."""
