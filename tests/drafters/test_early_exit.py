@@ -288,6 +288,9 @@ def test_folders_and_places_that_do_not_fit_are_refused(target, tmp_path):
     )
     with pytest.raises(CheckpointError, match=r"exit_layer must be 1\.\.3, got 4"):
         EarlyExitDrafter.load(tmp_path, target)
+    config.write_text('{"num_hidden_layers": 4, "exit_layer": 2, "draft": "beam"}', encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"config\.json: draft must be sampled or greedy, got 'beam'"):
+        EarlyExitDrafter.load(tmp_path, target)
     with pytest.raises(CheckpointError, match=r"exit_layer must be 1\.\.3 for this target \(4 blocks\), got 4"):
         made(target, exit_layer=4)
 

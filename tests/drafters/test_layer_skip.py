@@ -300,6 +300,7 @@ def test_the_folder_has_the_numbers_of_the_blocks_and_reads_back(target, tmp_pat
         ),
         ({"skipped_mlp": [2, 2]}, r"skipped_mlp must be .* got \[2, 2\]"),
         ({"skipped_mlp": "all"}, "skipped_mlp must be .* got 'all'"),
+        ({"draft": "beam"}, "draft must be sampled or greedy, got 'beam'"),
         ({"skipped_attention": [4], "skipped_mlp": None}, r"skipped_attention .* got \[4\]; skipped_mlp .* got None"),
     ],
 )

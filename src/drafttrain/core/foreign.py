@@ -155,6 +155,18 @@ def field_problems(config: Mapping[str, Any], *, prefix: str = "") -> Iterator[s
             yield from field_problems(value, prefix=f"{where}.")
 
 
+def one_of(config: Mapping[str, Any], key: str, allowed: Sequence[str], *, path: Path) -> Any:
+    """Return a value of a configuration file; the first that is allowed if the file does not have the key.
+
+    Raises:
+        CheckpointError: It is another value.
+    """
+    found = config.get(key, allowed[0])
+    if found not in allowed:
+        raise CheckpointError(f"{path}: {key} must be {' or '.join(allowed)}, got {found!r:.60}")
+    return found
+
+
 def _problems(path: Path) -> Iterator[str]:
     if path.suffix not in READ or path.is_dir():
         return

@@ -25,6 +25,8 @@ from drafttrain.drafters.tuned_target import TunedTarget, tuned
 from drafttrain.target_model import Target
 
 drafters = Registry("drafter", "drafttrain.drafters")
+DRAFTS = ("sampled", "greedy")
+"""How a drafter drafts at temperature > 0: see `Drafter.draft`."""
 
 
 class Drafter(nn.Module, ABC):

@@ -65,7 +65,7 @@ def sub_model(model: Any, *, num_layers: int | None = None, widths: Sequence[int
     total = len(blocks(model))
     count = total if num_layers is None else num_layers
     if not 1 <= count <= total:
-        raise CheckpointError(f"layers must be 1..{total} for this drafter, got {count}")
+        raise CheckpointError(f"its first layers must be 1..{total} for this drafter, got {count}")
     if widths is not None and len(widths) != count:
         raise CheckpointError(f"widths: one for each of {count} layers is needed, got {len(widths)}")
     instead = "Extract other sizes"

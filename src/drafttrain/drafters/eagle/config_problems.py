@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from drafttrain.core.printable import shown
+from drafttrain.drafters.drafter import DRAFTS
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-DRAFTS = ("sampled", "greedy")
 
 
 def config_problems(config: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:

@@ -19,12 +19,13 @@ from drafttrain.core.batches import Beside, DraftBatch, DraftOutput, Head
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_text
 from drafttrain.core.flops import BatchShape, Products, matrix
-from drafttrain.core.foreign import read_json
+from drafttrain.core.foreign import one_of, read_json
 from drafttrain.core.linear_head import no_autocast_if_frozen
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.drafters import Drafter, drafters
+from drafttrain.drafters.drafter import DRAFTS
 from drafttrain.drafters.early_exit.curriculum import CurriculumSettings
 from drafttrain.drafters.early_exit.layer_dropout import dropped_blocks
 from drafttrain.drafters.early_exit.proposer import EarlyExitProposer
@@ -201,7 +202,7 @@ figures are from the embedded evaluator.
         if not (type(exit_layer) is int and 1 <= exit_layer < num_blocks):
             raise CheckpointError(f"{path}: exit_layer must be 1..{num_blocks - 1}, got {exit_layer!r:.60}")
         tuning = tuning_in(folder)
-        settings = EarlyExitSettings(exit_layer=exit_layer, draft=config.get("draft", "sampled"))
+        settings = EarlyExitSettings(exit_layer=exit_layer, draft=one_of(config, "draft", DRAFTS, path=path))
         made = cls(tuned(target, tuning), settings)
         made.tuning = tuning
         return made.eval()

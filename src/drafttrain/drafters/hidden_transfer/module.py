@@ -18,11 +18,12 @@ from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_text
 from drafttrain.core.flops import BatchShape, Products, attention, matrix, parameters_of
-from drafttrain.core.foreign import read_json
+from drafttrain.core.foreign import one_of, read_json
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.target_rows import RowsAsked, TargetNeeds
 from drafttrain.core.tensors import load_into
 from drafttrain.drafters import Drafter, drafters
+from drafttrain.drafters.drafter import DRAFTS
 from drafttrain.drafters.hidden_transfer.proposer import HiddenTransferProposer
 from drafttrain.drafters.hidden_transfer.rollout import pseudo_states
 from drafttrain.drafters.hidden_transfer.settings import HiddenTransferSettings, layers_of
@@ -33,7 +34,6 @@ from drafttrain.target_model.matrix_products import head_parameters, query_width
 from drafttrain.target_model.rolling_back import window_of
 
 DRAFT_IN = ("verifying_call", "own_pass")
-DRAFT = ("sampled", "greedy")
 
 
 @drafters.register("hidden_transfer", HiddenTransferSettings)
@@ -231,15 +231,11 @@ No serving engine adds rows to a target's inner blocks; these figures are from t
                 raise CheckpointError(
                     f"{path}: {key} is {config.get(key)!r:.80}, {target.name} has {wanted!r}: use the target that it was trained in"
                 )
-        # Folders of earlier versions have no `draft`.
-        config.setdefault("draft", "sampled")
-        for key, allowed in (("draft_in", DRAFT_IN), ("draft", DRAFT)):
-            if config.get(key) not in allowed:
-                raise CheckpointError(f"{path}: {key} must be {' or '.join(allowed)}, got {config.get(key)!r:.60}")
-        train_steps = str(config.get("train_steps", "in_turn"))
-        drafter = cls(
-            target, layers=layers, train_steps=train_steps, draft_in=config["draft_in"], draft=config["draft"]
+        draft_in, draft = (
+            one_of(config, key, allowed, path=path) for key, allowed in (("draft_in", DRAFT_IN), ("draft", DRAFTS))
         )
+        train_steps = str(config.get("train_steps", "in_turn"))
+        drafter = cls(target, layers=layers, train_steps=train_steps, draft_in=draft_in, draft=draft)
         drafter.to(target.device, getattr(torch, dtype) if isinstance(dtype, str) else dtype or target.model.dtype)
         load_into(drafter, folder / "model.safetensors")
         return drafter.eval()

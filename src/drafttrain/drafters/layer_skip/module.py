@@ -19,11 +19,12 @@ from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.console import progress, say
 from drafttrain.core.errors import CheckpointError, DataError
 from drafttrain.core.files import write_text
-from drafttrain.core.foreign import read_json
+from drafttrain.core.foreign import one_of, read_json
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.core.texts import Record
 from drafttrain.drafters import Drafter, drafters
+from drafttrain.drafters.drafter import DRAFTS
 from drafttrain.drafters.layer_skip.proposer import LayerSkipProposer
 from drafttrain.drafters.layer_skip.rollout import draft_states
 from drafttrain.drafters.layer_skip.search import Search, SearchSettings, as_chosen, as_skipped, spread
@@ -176,7 +177,7 @@ the lists `skipped_attention` and `skipped_mlp` of config.json.
         if problems:
             raise CheckpointError(f"{path}: {'; '.join(problems)}")
         skipped = Skipped(tuple(config["skipped_attention"]), tuple(config["skipped_mlp"]))
-        drafter = cls(target, LayerSkipSettings(draft=config.get("draft", "sampled")), skipped)
+        drafter = cls(target, LayerSkipSettings(draft=one_of(config, "draft", DRAFTS, path=path)), skipped)
         drafter.score = config.get("matchness")
         return drafter.eval()
 

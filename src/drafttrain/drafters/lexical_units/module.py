@@ -15,10 +15,11 @@ from torch.nn.functional import cross_entropy
 
 from drafttrain.core.altered_text import AlteredText
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.foreign import read_json
+from drafttrain.core.foreign import one_of, read_json
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.drafters import drafters
+from drafttrain.drafters.drafter import DRAFTS
 from drafttrain.drafters.drafts_itself import DraftsItself, DraftsItselfSettings
 from drafttrain.drafters.lexical_units.proposer import LookAheadProposer
 from drafttrain.drafters.lexical_units.units import LexicalUnits
@@ -120,10 +121,7 @@ published no code."""
                 f"{path}: ahead must be a number of at least 1 and look_ahead_token_id one of a token, got {ahead!r:.60} and {token!r:.60}"
             )
         _check_token(token, target, f"{path}: look_ahead_token_id")
-        draft = config.get("draft", "sampled")
-        if draft not in ("sampled", "greedy"):
-            raise CheckpointError(f"{path}: draft must be sampled or greedy, got {draft!r:.60}")
-        made = cls(ahead=ahead, token=token, draft=draft)
+        made = cls(ahead=ahead, token=token, draft=one_of(config, "draft", DRAFTS, path=path))
         made.tuning = tuning_in(folder)
         return made.eval()
 
