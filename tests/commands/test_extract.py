@@ -50,7 +50,8 @@ def test_a_sub_model_is_a_causal_lm_that_drafts_as_its_exit(folder: Path, tiny_t
 def test_what_cannot_be_extracted_is_refused(folder: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     assert (
-        "its first layers must be 1..3 for this drafter, got 4" in call("extract", str(folder), out, "--layers", "4", code=1)[1]
+        "its first layers must be 1..3 for this drafter, got 4"
+        in call("extract", str(folder), out, "--layers", "4", code=1)[1]
     )
     assert "1..48, got 49" in call("extract", str(folder), out, "--ffn", "49", code=1)[1]
     assert "exists already" in call("extract", str(folder), str(folder), code=1)[1]

@@ -93,6 +93,22 @@ def test_greedy_records_are_those_of_the_built_in_backend(written):
     check_same(records(written("builtin")), written("vllm", backend=VllmSettings()))
 
 
+def test_sampled_texts_are_written_where_the_prompts_exceed_what_a_step_reads(target, tmp_path):
+    """vLLM on a CPU splits no prompt: it fails where it does, after a text that is sampled with a seed."""
+    (tmp_path / "text.txt").write_text(TEXT * 700)
+    settings = GenerateSettings(
+        prompts=TextSettings(path=str(tmp_path / "text.txt")),
+        prompt_tokens=201,
+        num_records=60,
+        batch_size=60,
+        max_new_tokens=4,
+        temperatures=[1.0],
+        backend=VllmSettings(),
+    )
+    folder = generate(settings, target, tmp_path / "written", seed=0, max_length=256)
+    assert json.loads((folder / "manifest.json").read_text())["accounts"]["texts"] == 60
+
+
 def test_a_vllm_server_writes_the_same_greedy_records(target, written, server, monkeypatch):
     monkeypatch.setenv("VLLM_TEST_KEY", KEY)
     backend = OpenAISettings(base_url=server, model="served", api_key_variable="VLLM_TEST_KEY", concurrency=6)

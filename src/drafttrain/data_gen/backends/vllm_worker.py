@@ -24,6 +24,10 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
 }
 
+WHOLE_PROMPTS = {"enable_chunked_prefill": False}
+"""Without this, vLLM 0.32 on a CPU ends with an error as soon as it splits the prompt of a sampled text that has a seed: it sets the
+offset of a random generator, which generators of a CPU do not have."""
+
 
 def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     """Write all shards and return the answer to a request."""
@@ -43,7 +47,7 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
         tensor_parallel_size=request["tensor_parallel_size"],
         seed=0,
         # On a CPU the environment variable sets it; on a GPU the target and the drafter need the rest of the memory.
-        **({"kv_cache_memory_bytes": int(request["memory_gb"] * 1e9)} if request["on_cuda"] else {}),
+        **({"kv_cache_memory_bytes": int(request["memory_gb"] * 1e9)} if request["on_cuda"] else WHOLE_PROMPTS),
     )
     for shard in request["shards"]:
         texts = shard["texts"]
