@@ -14,6 +14,7 @@ from drafttrain.core.generations import Round
 from drafttrain.core.proposals import Budget, Context, Verdict, fixed_chain
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
+from drafttrain.drafters.lexical_units.module import LexicalUnitDrafter
 from drafttrain.eval.arms import Arm
 from drafttrain.eval.decoding_memory import DecodingMemory
 from drafttrain.eval.length.fixed import FixedLengthSettings
@@ -32,6 +33,7 @@ from drafttrain.target_model import Target
 from drafttrain.training.step_cost import Counted
 from tests.conftest import byte_tokenizer
 from tests.drafters.eagle_models import eagle_drafter
+from tests.drafters.hidden_transfer_models import transfer
 from tests.eval.decoding import greedy
 from tests.marks import only
 
@@ -73,6 +75,14 @@ def rasd(target: Target, **settings: Any) -> Any:
     return TrainingFree(RasdSettings(**settings), language_model(target))
 
 
+def hidden_transfer(target: Target) -> Any:
+    return transfer(target, layers=[1, 2, 2, 3])
+
+
+def lexical_units(target: Target) -> Any:
+    return LexicalUnitDrafter(ahead=4, token=3)
+
+
 rasd_chain = partial(rasd, chain=True)
 KNOWN = SequoiaSettings(num_draft_tokens=16, acceptance=[0.6, 0.2, 0.1])
 SETTINGS: dict[str, tuple[int, int, Any, Any, float, tuple[int, ...]]] = {
@@ -86,6 +96,8 @@ SETTINGS: dict[str, tuple[int, int, Any, Any, float, tuple[int, ...]]] = {
     "sequoia": (WIDE, 32, language_model, KNOWN, 1.0, (32,)),
     "rasd": (WIDE, 32, rasd, TreeSettings(24, 4, 3), 1.0, (32,)),
     "rasd, a chain": (WIDE, 32, rasd_chain, TreeSettings(8, 8, 2), 1.0, (32,)),
+    "rows beside every node": (WIDE, 32, lexical_units, FixedLengthSettings(4), 0.0, (32,)),
+    "rows that enter inner blocks": (WIDE, 32, hidden_transfer, FixedLengthSettings(4), 0.0, (32,)),
     "three long texts": (257, 2 * 64, language_model, FixedLengthSettings(4), 0.0, (640, 600, 620)),
     "three texts, sampled chains": (WIDE, 32, language_model, FixedLengthSettings(8), 1.0, (32, 30, 28)),
     "three texts, rsd_s": (WIDE, 32, language_model, RsdSSettings(), 1.0, (32, 30, 28)),
@@ -128,7 +140,7 @@ def peaks_of(name: str) -> Peaks:
     return Peaks(max(peaks[1:]), memory, arm.engine.policy.budget(Context("", [0], 1)), prompts)
 
 
-CHOSEN = (*list(SETTINGS)[:4], "rsd_s", "sequoia", "rasd", "three texts, rsd_s")
+CHOSEN = (*list(SETTINGS)[:4], "rsd_s", "sequoia", "rasd", "rows beside every node", "three texts, rsd_s")
 
 
 @pytest.mark.parametrize("name", only(CHOSEN, SETTINGS))
@@ -140,6 +152,8 @@ def test_the_predicted_peak_is_the_counted_one(name: str) -> None:
     assert found.predicted(**without) != pytest.approx(found.counted, rel=0.5)
     if found.draft.form is not None or found.memory.chain_in_tree:
         assert found.predicted(drawn=False) < 0.7 * found.counted
+    if found.memory.rows_a_node > 1:
+        assert found.predicted(rows_a_node=1) < 0.5 * found.counted
     if len(found.prompts) > 1:
         assert found.predicted(batch=1) < 0.5 * found.counted
 

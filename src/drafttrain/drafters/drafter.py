@@ -64,6 +64,8 @@ class Drafter(nn.Module, ABC):
     """It has its own tokenizer, and drafts any text: what it drew says nothing about the probability of the target's tokens."""
     layer_parallel_size: int = 1
     """Layers of its language model whose attention reads the same states while it drafts; 1: each reads those of the layer before."""
+    rows_beside: int = 0
+    """Rows of its own that the target's call reads beside every node."""
     figures: ClassVar[tuple[str, ...]] = ()
     """Further columns of metrics.csv: means over rows that the loss beside its drafts measures in training."""
     serving: ClassVar[str] = "No serving engine loads this kind: decode with `drafttrain eval DRAFTER`."

@@ -46,6 +46,8 @@ class DecodingMemory:
     """Draft tokens are drawn from rows of q: those of chains, and of trees whose budget has a form."""
     chain_in_tree: bool = False
     """The drafter's part of a tree is a chain."""
+    rows_a_node: int = 1
+    """Rows that the target's call reads for each node: its own, and those of the drafter beside it."""
     columns_at_once: int = 64
     """Caches grow by an eighth, in multiples of this many columns."""
 
@@ -65,6 +67,7 @@ class DecodingMemory:
             sampled=sampling.temperature > 0,
             drawn=sampling.temperature > 0 and _draws(source, drafter),
             chain_in_tree=isinstance(source, TrainingFree) and getattr(source.settings, "chain", False),
+            rows_a_node=1 if isinstance(source, TrainingFree) else 1 + source.rows_beside,
         )
 
     @property
@@ -88,23 +91,27 @@ class DecodingMemory:
             num_tokens: Of each sequence's text. Caches, logits and masks are as wide as those of the longest one.
             prompt: Its first tokens that were read at once: caches have grown since. None: they have just the room that is needed.
         """
-        nodes, cached = draft.nodes + 1, num_tokens + draft.nodes
+        rows_read = (draft.nodes + 1) * self.rows_a_node
+        cached = num_tokens + rows_read - 1
         row = self.vocab_size * max(FLOAT32, self.element_bytes)
         logits = self.vocab_size * self.element_bytes
         rows, level = self._drawn_rows(draft)
         q, draw = rows * row, ROWS_OF_A_DRAW * row
         tree = draft.width > 1
         # Sequences are verified one after the other: a draw of the target's own token exists once.
-        verifying = batch * (nodes * logits + q) + (draw if self.sampled else 0)
+        verifying = batch * (rows_read * logits + q) + (draw if self.sampled else 0)
         fixed_level = self._levels(draft) if tree and not rows else 0
         # The rows of one sequence exist a third time while they are stacked.
         drafting = batch * (q + max(level, fixed_level) * logits) + max((batch + 1) * q, batch * level * draw)
-        # Trees and sequences of different lengths have a mask: numbers and booleans over the cache and the new nodes.
-        mask = nodes * (num_tokens + nodes) * (self.element_bytes + 1) if tree or batch > 1 else 0
+        # The logits at the rows beside the last accepted node are the next draft.
+        kept = batch * (self.rows_a_node - 1) * logits
+        # Trees and sequences of different lengths have a mask: numbers and booleans over the cache and the new rows.
+        masked = tree or batch > 1 or self.rows_a_node > 1
+        mask = rows_read * (num_tokens + rows_read) * (self.element_bytes + 1) if masked else 0
         return {
             "weights": self.weight_bytes,
             "caches": batch * self.columns(cached, prompt or cached) * self.column_bytes,
-            "logits and distributions": max(verifying, drafting),
+            "logits and distributions": kept + max(verifying, drafting),
             "masks": batch * mask,
         }
 

@@ -74,6 +74,7 @@ No serving engine adds rows to a target's inner blocks; these figures are from t
         self.layers = list(layers)
         self.train_steps = train_steps
         self.draft_in = draft_in
+        self.rows_beside = len(self.layers) if draft_in == "verifying_call" else 0
         self.draft = draft
         self._model = (target.model,)
         self._fingerprint = target.fingerprint

@@ -148,7 +148,9 @@ class HiddenTransferProposer:
             chain = slice(verdict.path[-1] * count, (verdict.path[-1] + 1) * count)
             assert rows.logits_BTV is not None
             assert rows.final_BTD is not None
-            self._drafts[number] = rows.logits_BTV[0, chain], rows.final_BTD[0, chain]
+            # Copies: a view would keep the rows of all nodes through the next call.
+            self._drafts[number] = rows.logits_BTV[0, chain].clone(), rows.final_BTD[0, chain].clone()
+        self._rows = []
 
     def drop(self, keep: Sequence[int]) -> None:
         """Keep only these sequences."""

@@ -65,7 +65,7 @@ published no code."""
 
     def __init__(self, *, ahead: int, token: int, draft: str = "sampled", text_weight: float = 1.0) -> None:
         super().__init__()
-        self.ahead = ahead
+        self.ahead = self.rows_beside = ahead
         self.token = token
         self.draft = draft
         self.text_weight = text_weight

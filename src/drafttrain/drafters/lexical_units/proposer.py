@@ -90,7 +90,8 @@ class LookAheadProposer:
         for verdict, output in zip(verdicts, seen, strict=True):
             assert output.logits_BTV is not None, "the target's call computes the logits of all nodes"
             begin = len(verdict.proposal.tokens_N) + verdict.path[-1] * self._ahead
-            self._logits.append(output.logits_BTV[0, begin : begin + self._ahead])
+            # A copy: a view would keep the rows of all nodes through the next call.
+            self._logits.append(output.logits_BTV[0, begin : begin + self._ahead].clone())
 
     def drop(self, keep: Sequence[int]) -> None:
         """Keep only these sequences."""
