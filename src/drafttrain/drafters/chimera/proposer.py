@@ -13,29 +13,21 @@ from torch import Tensor
 
 from drafttrain.core.device_time import Span
 from drafttrain.core.generations import ForwardEvent, ForwardShape, Work
-from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict
+from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetOutput
 from drafttrain.core.texts import Sampling
-from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.core.weights import weights_of
-from drafttrain.drafters.chain_draft import ChainDraft
 from drafttrain.drafters.chimera.decoding import ChimeraModel, DecodingChimera
 from drafttrain.drafters.chimera.trigrams import last_trigram
 from drafttrain.drafters.eagle.decoding import rows_at
+from drafttrain.drafters.eagle.feature_proposer import FeatureProposer
 from drafttrain.drafters.eagle.levels import drafted_chains, drafted_trees
-from drafttrain.drafters.eagle.unread import UnreadText
-from drafttrain.drafters.tree_draft import DraftNode, TreeDraft
+from drafttrain.drafters.tree_draft import DraftNode
 
 
-class ChimeraProposer:
-    """Each call reads the newest tokens: first the root, with the target's new features, then the draft tokens of a level.
-
-    Args:
-        vocab_size: Width of the rows of q.
-        num_tokens: Ids that the tokenizer can produce; the others get no probability.
-        draft: `greedy`: FIXED nodes at every temperature.
-    """
+class ChimeraProposer(FeatureProposer[DecodingChimera]):
+    """Each call reads the newest tokens: first the root, with the target's new features, then the draft tokens of a level."""
 
     def __init__(
         self,
@@ -47,30 +39,28 @@ class ChimeraProposer:
         listener: ForwardListener | None = None,
         draft: str = "sampled",
     ) -> None:
-        self.needs = model.needs()
+        super().__init__(
+            model,
+            DecodingChimera(model, device=device),
+            vocab_size=vocab_size,
+            num_tokens=num_tokens,
+            device=device,
+            listener=listener,
+            draft=draft,
+        )
         self._model = model
-        self._device = device
-        vocabulary = DraftVocabulary(model.vocabulary, num_tokens=num_tokens)
-        self._draft = ChainDraft(vocabulary, vocab_size, draft)
-        self._tree_draft = TreeDraft(vocabulary, vocab_size, draft)
-        self._listener = listener
         part = model.layer.self_attn
         self._projections = weights_of(part.q_proj, part.k_proj, part.v_proj)
         of_layer = weights_of(model.layer, attention_width=model.layer.attention_width)
         self._of_newer = weights_of(model.blocks, model.fc) + of_layer - self._projections
         """What newer tokens pass through beyond the projections, through which the target's features pass too."""
-        self._contexts: list[Context] = []
-        self._layers = DecodingChimera(model, device=device)
-        self._unread = UnreadText(model.features)
         self._known: list[Tensor | None] = []
         """By sequence, the target's feature of the token before the root; None: the root is the first token."""
 
     @torch.no_grad()
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
         """Read the target's features of the prompts."""
-        self._contexts = list(contexts)
-        self._layers.begin(len(contexts))
-        self._unread.begin(contexts, seen)
+        super().begin(contexts, seen)
         self._known = [None] * len(contexts)
         sizes = self._unread.sizes
         if any(sizes):
@@ -101,16 +91,10 @@ class ChimeraProposer:
         self._layers.forget_newer()
         return proposals
 
-    def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
-        """Store the target's features of the accepted path. The newer tokens have left the cache already."""
-        self._unread.add(seen, [len(verdict.path) for verdict in verdicts])
-
     def drop(self, keep: Sequence[int]) -> None:
         """Keep only these sequences."""
-        self._contexts = [self._contexts[i] for i in keep]
+        super().drop(keep)
         self._known = [self._known[i] for i in keep]
-        self._unread.drop(keep)
-        self._layers.drop(keep)
 
     def _read_next(self, growing: Sequence[int], frontiers: Sequence[Sequence[DraftNode]]) -> tuple[Tensor, Tensor]:
         """Return (logits_NR, what the heads read) after each frontier node of each sequence (see `ReadNext`)."""

@@ -13,30 +13,23 @@ from torch import Tensor
 
 from drafttrain.core.device_time import Span
 from drafttrain.core.generations import ForwardEvent, ForwardShape, Work
-from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict
+from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetOutput
 from drafttrain.core.texts import Sampling
-from drafttrain.core.vocabulary import DraftVocabulary
-from drafttrain.drafters.chain_draft import ChainDraft
 from drafttrain.drafters.eagle.cache import EagleCache
 from drafttrain.drafters.eagle.decoding import DecodingEagle, rows_at
+from drafttrain.drafters.eagle.feature_proposer import FeatureProposer
 from drafttrain.drafters.eagle.levels import drafted_chains, drafted_trees
 from drafttrain.drafters.eagle.model import EagleModel
-from drafttrain.drafters.eagle.unread import UnreadText
-from drafttrain.drafters.tree_draft import DraftNode, TreeDraft
+from drafttrain.drafters.tree_draft import DraftNode
 
 
-class EagleProposer:
+class EagleProposer(FeatureProposer[DecodingEagle]):
     """Drafts from the target's features of the committed text, then from its own states.
 
     The cache holds committed slots, each computed from the target's own features. A slot can be read once the token after
     it is known. So at the start of a round the last committed slot is unread; reading it gives the first draft token.
-
-    Args:
-        vocab_size: Width of the rows of q.
-        num_tokens: Ids that the tokenizer can produce; the others get no probability.
-        draft: `sampled`, or `greedy`: chains are FIXED at every temperature, as some engines draft.
     """
 
     def __init__(
@@ -49,24 +42,21 @@ class EagleProposer:
         listener: ForwardListener | None = None,
         draft: str = "sampled",
     ) -> None:
-        self.needs = model.needs()
-        self._model = model
-        self._device = device
-        vocabulary = DraftVocabulary(model.vocabulary, num_tokens=num_tokens)
-        self._draft = ChainDraft(vocabulary, vocab_size, draft)
-        self._tree_draft = TreeDraft(vocabulary, vocab_size, draft)
+        super().__init__(
+            model,
+            DecodingEagle(model, device=device),
+            vocab_size=vocab_size,
+            num_tokens=num_tokens,
+            device=device,
+            listener=listener,
+            draft=draft,
+        )
         self._weights = model.decoding_weights()
-        self._listener = listener
-        self._contexts: list[Context] = []
-        self._layer = DecodingEagle(model, device=device)
-        self._unread = UnreadText(model.features)
 
     @torch.no_grad()
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
         """Read all slots of the prompts except the last."""
-        self._contexts = list(contexts)
-        self._layer.begin(len(contexts))
-        self._unread.begin(contexts, seen)
+        super().begin(contexts, seen)
         sizes = [max(0, size - 1) for size in self._unread.sizes]
         if any(sizes):
             span = Span(self._device)
@@ -91,22 +81,12 @@ class EagleProposer:
             proposals = drafted_trees(self._tree_draft.begin(*round_of), self._read_next)
         else:
             proposals = drafted_chains(self._draft.begin(*round_of), self._read_next)
-        self._layer.forget_drafts()
+        self._layers.forget_drafts()
         return proposals
 
     def _read_next(self, growing: Sequence[int], frontiers: Sequence[Sequence[DraftNode]]) -> tuple[Tensor, Tensor]:
         """Return (logits_NR, states_ND) after each frontier node of each sequence (see `ReadNext`)."""
         return self._read_drafts(frontiers) if frontiers else self._read_text(growing)
-
-    def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
-        """Store the target's features of the accepted path. The draft tokens have left the cache already."""
-        self._unread.add(seen, [len(verdict.path) for verdict in verdicts])
-
-    def drop(self, keep: Sequence[int]) -> None:
-        """Keep only these sequences."""
-        self._contexts = [self._contexts[i] for i in keep]
-        self._unread.drop(keep)
-        self._layer.drop(keep)
 
     def _read_text(self, growing: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Read the committed slots that are not cached yet; return (logits_NR, states_ND) of each sequence's last one."""
@@ -115,7 +95,7 @@ class EagleProposer:
         lengths = self._cache.lengths
         states_BND = self._read(sizes)
         last_ND = rows_at(states_BND, [(number, sizes[number] - 1) for number in growing])
-        logits_NR = self._layer.head(last_ND)
+        logits_NR = self._layers.head(last_ND)
         self._report(sizes, lengths, fused=True, head_rows=len(last_ND), span=span)
         return logits_NR, last_ND
 
@@ -124,21 +104,21 @@ class EagleProposer:
         span = Span(self._device)
         sizes = [len(frontier) for frontier in frontiers]
         lengths = [
-            length + drafts for length, drafts in zip(self._cache.lengths, self._layer.num_drafts(), strict=True)
+            length + drafts for length, drafts in zip(self._cache.lengths, self._layers.num_drafts(), strict=True)
         ]
-        states_BND = self._layer.read_drafts(frontiers)
+        states_BND = self._layers.read_drafts(frontiers)
         states_ND = rows_at(states_BND, [(number, node) for number, size in enumerate(sizes) for node in range(size)])
-        logits_NR = self._layer.head(states_ND)
+        logits_NR = self._layers.head(states_ND)
         self._report(sizes, lengths, fused=False, head_rows=len(states_ND), span=span)
         return logits_NR, states_ND
 
     def _read(self, sizes: Sequence[int]) -> Tensor:
         """Read the first unread slots of every sequence into the cache; return states_BND."""
-        return self._layer.read_slots(*self._unread.take(self._contexts, starts=self._cache.lengths, sizes=sizes))
+        return self._layers.read_slots(*self._unread.take(self._contexts, starts=self._cache.lengths, sizes=sizes))
 
     @property
     def _cache(self) -> EagleCache:
-        return self._layer.cache
+        return self._layers.cache
 
     def _report(
         self,

@@ -12,25 +12,17 @@ from torch import Tensor
 
 from drafttrain.core.device_time import Span
 from drafttrain.core.generations import ForwardEvent, ForwardShape, Work
-from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict
+from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetOutput
 from drafttrain.core.texts import Sampling
-from drafttrain.core.vocabulary import DraftVocabulary
-from drafttrain.drafters.chain_draft import ChainDraft
-from drafttrain.drafters.eagle.unread import UnreadText
+from drafttrain.drafters.eagle.feature_proposer import FeatureProposer
 from drafttrain.drafters.p_eagle.decoding import DecodingPEagle, PEagleModel
-from drafttrain.drafters.tree_draft import TreeDraft, Trees
+from drafttrain.drafters.tree_draft import Trees
 
 
-class PEagleProposer:
-    """Drafts chains and trees. The last committed slot gives the first draft token, the mask slots after it give the others.
-
-    Args:
-        vocab_size: Width of the rows of q.
-        num_tokens: Ids that the tokenizer can produce; the others get no probability.
-        draft: `greedy`: chains are FIXED at every temperature.
-    """
+class PEagleProposer(FeatureProposer[DecodingPEagle]):
+    """Drafts chains and trees. The last committed slot gives the first draft token, the mask slots after it give the others."""
 
     def __init__(
         self,
@@ -42,24 +34,22 @@ class PEagleProposer:
         listener: ForwardListener | None = None,
         draft: str = "greedy",
     ) -> None:
-        self.needs = model.needs()
+        super().__init__(
+            model,
+            DecodingPEagle(model, device=device),
+            vocab_size=vocab_size,
+            num_tokens=num_tokens,
+            device=device,
+            listener=listener,
+            draft=draft,
+        )
         self._num_depths = model.num_depths
-        self._device = device
-        vocabulary = DraftVocabulary(model.vocabulary, num_tokens=num_tokens)
-        self._draft = ChainDraft(vocabulary, vocab_size, draft)
-        self._tree_draft = TreeDraft(vocabulary, vocab_size, draft)
         self._weights = model.decoding_weights()
-        self._listener = listener
-        self._contexts: list[Context] = []
-        self._layers = DecodingPEagle(model, device=device)
-        self._unread = UnreadText(model.features)
 
     @torch.no_grad()
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
         """Read all slots of the prompts except the last."""
-        self._contexts = list(contexts)
-        self._layers.begin(len(contexts))
-        self._unread.begin(contexts, seen)
+        super().begin(contexts, seen)
         sizes = [max(0, size - 1) for size in self._unread.sizes]
         if any(sizes):
             span = Span(self._device)
@@ -99,16 +89,6 @@ class PEagleProposer:
             logits_GKR, states_GKD = (values.index_select(0, on_device_B) for values in (logits_GKR, states_GKD))
         trees.extend_to_the_end(logits_GKR, states_GKD)
         return trees.proposals()
-
-    def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
-        """Store the target's features of the accepted path. The mask slots have left the cache already."""
-        self._unread.add(seen, [len(verdict.path) for verdict in verdicts])
-
-    def drop(self, keep: Sequence[int]) -> None:
-        """Keep only these sequences."""
-        self._contexts = [self._contexts[i] for i in keep]
-        self._unread.drop(keep)
-        self._layers.drop(keep)
 
     def _pass(self, growing: Sequence[int], *, num_masks: int) -> tuple[Tensor, Tensor]:
         """Read the unread slots of these sequences and mask slots after them; return (logits_GKR, states_GKD) of the next tokens."""
