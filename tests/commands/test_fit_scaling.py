@@ -119,6 +119,11 @@ def test_questions_that_the_runs_do_not_answer_are_refused(tmp_path):
     ]:
         _, err = call("fit-scaling", str(table), option, value, "--out", str(tmp_path), code=1)
         assert reason in err
-    for option, value in [("--at", "size=3"), ("--at", "tokens=-1"), ("--budget", "-1")]:
+    for option, value in [
+        ("--at", "size=3"),
+        ("--at", "tokens=-1"),
+        ("--at", "tokens=1e8,tokens=2e8"),
+        ("--budget", "-1"),
+    ]:
         _, err = call("fit-scaling", str(table), option, value, code=2)
         assert option in err

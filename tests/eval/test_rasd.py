@@ -15,7 +15,16 @@ from torch import Tensor
 
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import CheckpointError, RecipeError
-from drafttrain.core.proposals import Budget, Context, DrawMode, NodeKind, Proposal, chain, fixed_tree
+from drafttrain.core.proposals import (
+    Budget,
+    Context,
+    DrawMode,
+    NodeKind,
+    Proposal,
+    RowsBeside,
+    chain,
+    fixed_tree,
+)
 from drafttrain.core.target_probs import TargetProbs
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import drafters
@@ -247,6 +256,22 @@ def test_retrieved_paths_are_pruned_by_the_drafters_probability():
         found = decode(target, proposer, prompts=PROMPTS[:1], policy=TREE, new=24, stop_tokens=())
         nodes.append(sum(part.num_draft_tokens for one in found for part in one.rounds) / len(found[0].rounds))
     assert nodes[1] < nodes[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("tiny_lexical_units", "lexical_units has look-ahead tokens beside its own nodes only"),
+        ("tiny_hidden_transfer", "hidden_transfer makes its states beside its own nodes only"),
+    ],
+)
+def test_a_drafter_with_rows_beside_its_nodes_is_refused(recipe: str, said: str):
+    with pytest.raises(RecipeError, match=rf"eval\.beside: rasd adds nodes to the drafter's, and drafter\.kind {said}"):
+        load_recipe(recipe, ["eval.beside=[{kind: rasd}]"])
+    two, other = (chain([1, token], kind=NodeKind.FIXED) for token in (2, 3))
+    beside = RowsBeside([5], [1])
+    with pytest.raises(CheckpointError, match="rasd: a drafter with rows beside its own nodes"):
+        fused(replace(two, beside=beside), other, Budget(4, 2, 2), may_begin=lambda _: True)
 
 
 def test_a_drafter_in_the_targets_first_blocks_is_refused():

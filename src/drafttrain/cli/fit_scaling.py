@@ -51,10 +51,13 @@ def _point(text: str) -> dict[str, float]:
     found = {}
     for word in text.split(","):
         name, _, value = word.strip().partition("=")
+        twice = name in found
         try:
             found[name] = float(value)
         except ValueError:
             found[name] = float("nan")
-        if name not in ("tokens", "parameters") or not 0 < found[name] < float("inf"):
-            raise RecipeError("arguments", [f"--at: tokens=NUMBER,parameters=NUMBER, each above 0; got {text!r:.80}"])
+        if twice or name not in ("tokens", "parameters") or not 0 < found[name] < float("inf"):
+            raise RecipeError(
+                "arguments", [f"--at: tokens=NUMBER,parameters=NUMBER, each once and above 0; got {text!r:.80}"]
+            )
     return found

@@ -164,10 +164,11 @@ class Recipe:
         own_tokens = getattr(self.drafter, "tokenizer", None) is not None
         reads_text = made_of is None or (getattr(made_of, "writes_text", False) and not own_tokens)
         for one in components_of(self.eval.beside):
-            if getattr(made_of, "in_first_blocks", False) and getattr(one, "extends_drafter", False):
+            why = getattr(made_of, "why_alone", None)
+            if why and getattr(one, "extends_drafter", False):
                 yield (
-                    f"eval.beside: {one.kind} adds nodes to the drafter's, and drafter.kind {kind} runs the target's first "
-                    "blocks on its own nodes only: give it another `drafter`, or leave it out"
+                    f"eval.beside: {one.kind} adds nodes to the drafter's, and drafter.kind {kind} {why}: give it another "
+                    "`drafter`, or leave it out"
                 )
             if getattr(one, "reads_language_model", False) and not reads_text:
                 yield f"eval.beside: {one.kind} reads text with the drafter's own language model: it needs drafter.kind causal_lm without drafter.tokenizer, got {kind}"

@@ -54,8 +54,8 @@ class Drafter(nn.Module, ABC):
     """It can be trained on another device than its target's; False: its forward runs inside the target's."""
     writes_text: ClassVar[bool] = False
     """It reads nothing of the target, so that its `language_model` continues any text, also during training."""
-    in_first_blocks: ClassVar[bool] = False
-    """Its proposer runs the target's first blocks, on its own nodes only: others cannot add nodes to its proposals."""
+    why_alone: ClassVar[str | None] = None
+    """Why others cannot add nodes to its proposals; None: they can."""
     drafts_trees: ClassVar[bool] = True
     """Its proposer drafts a tree where a length policy asks for one."""
     draft: str = "sampled"

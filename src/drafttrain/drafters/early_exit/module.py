@@ -60,7 +60,7 @@ class EarlyExitDrafter(Drafter):
 
     kind = "early_exit"
     drafts_trees = False
-    in_first_blocks = True
+    why_alone = "runs the target's first blocks on its own nodes only"
     lag = 0
     needs_target = True
     serving = """\

@@ -47,6 +47,7 @@ class HiddenTransferDrafter(Drafter):
     """
 
     kind = "hidden_transfer"
+    why_alone = "makes its states beside its own nodes only"
     trains_elsewhere: ClassVar[bool] = False
     lag = 1
     needs_target = True

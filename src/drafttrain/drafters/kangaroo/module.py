@@ -66,7 +66,7 @@ class KangarooDrafter(Drafter):
 
     kind = "kangaroo"
     drafts_trees = False
-    in_first_blocks = True
+    why_alone = "runs the target's first blocks on its own nodes only"
     recomputes = True
     compiles = True
     lag = 0

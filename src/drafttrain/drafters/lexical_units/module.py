@@ -58,6 +58,7 @@ class LexicalUnitDrafter(DraftsItself):
     """
 
     kind = "lexical_units"
+    why_alone = "has look-ahead tokens beside its own nodes only"
     serving: ClassVar[str] = """\
 TARGET must be the tuned one: the target with adapter/ of this folder (peft's format), or target/. Any engine serves it without
 drafts. No serving engine reads look-ahead tokens beside draft tokens: `drafttrain eval DRAFTER --target TARGET` does. The authors

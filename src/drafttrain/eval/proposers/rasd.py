@@ -105,6 +105,8 @@ def fused(model: Proposal, retrieved: Proposal, budget: Budget, *, may_begin: Ca
         children.append({})
         count.append(0)
     added = len(tokens) - len(model.tokens_N)
+    if model.beside is not None:
+        raise CheckpointError("rasd: a drafter with rows beside its own nodes cannot be extended by other nodes")
     kinds_N = torch.cat([model.kinds_N, torch.full((added,), NodeKind.FIXED.value)])
     rows_N = None if model.q_row_N is None else torch.cat([model.q_row_N, torch.full((added,), -1)])
     return replace(
