@@ -6,14 +6,26 @@ B = sequences, T = positions
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import torch
 
 from drafttrain.core.batches import DraftBatch
+from drafttrain.drafters.mask_token import unused_token
 from drafttrain.losses.random_rows import uniform
+from drafttrain.target_model import Target
+from drafttrain.target_model.end_tokens import end_ids
+from drafttrain.target_model.tokenizer import num_ids
 
 OWN_STREAM = 1 << 24
 """Added to a token's seed: no position has it, so that other draws by document and position are independent."""
+
+
+class MaskSettings(Protocol):
+    """What a kind that masks its input has among its settings."""
+
+    input_mask_ratio: float
+    mask_token_id: int | None
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,23 @@ class InputMask:
 
     ratio: float
     token: int
+
+    @classmethod
+    def of(cls, model: Any, settings: MaskSettings, *, target: Target | None, tokenizer: Any) -> Self:
+        """Return the mask of these settings, for a model that reads the ids of this tokenizer.
+
+        Raises:
+            CheckpointError: The mask token has no row in its embedding, or no id is free.
+        """
+        token = unused_token(
+            tokenizer,
+            settings.mask_token_id,
+            num_rows=int(model.get_input_embeddings().weight.shape[0]),
+            num_tokens=num_ids(tokenizer) if target is None else target.num_tokens,
+            ends=end_ids(None, tokenizer) if target is None else target.eos_token_ids,
+            of="this drafter",
+        )
+        return cls(settings.input_mask_ratio, token)
 
     def on(self, batch: DraftBatch) -> DraftBatch:
         """Return the batch as the drafter reads it: rows of the loss must come from the batch itself.

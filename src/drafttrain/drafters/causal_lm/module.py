@@ -19,8 +19,10 @@ from drafttrain.core.flops import BatchShape, Products, matrix
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.drafters import Drafter, drafters
+from drafttrain.drafters.causal_lm.ablation import LayersByAblation
 from drafttrain.drafters.causal_lm.across_tokenizers import EncodedText, SharedTokens
-from drafttrain.drafters.causal_lm.cut import cut_from
+from drafttrain.drafters.causal_lm.cut import cut_config, cut_from
+from drafttrain.drafters.causal_lm.cut_settings import CutSettings
 from drafttrain.drafters.causal_lm.layer_parallel import check_layer_parallel
 from drafttrain.drafters.causal_lm.own_text import own_text
 from drafttrain.drafters.causal_lm.projected import projected
@@ -29,13 +31,12 @@ from drafttrain.drafters.causal_lm.retokenized import RetokenizedProposer
 from drafttrain.drafters.causal_lm.scratch import scratch_llama
 from drafttrain.drafters.input_mask import InputMask
 from drafttrain.drafters.lora import LORA_HELP, LoraSettings, linears_in, lora_problems
-from drafttrain.drafters.mask_token import unused_token
 from drafttrain.drafters.recomputing import run_part
+from drafttrain.drafters.start_choice import StartChoice
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.attention import drafter_attention
 from drafttrain.target_model.documents import as_read, assume_plain, document_states, probe
-from drafttrain.target_model.end_tokens import end_ids
 from drafttrain.target_model.folders import resolve_folder
 from drafttrain.target_model.loading import load_causal_lm
 from drafttrain.target_model.logits import head_of, some_rows
@@ -52,7 +53,7 @@ class CausalLMSettings:
 
     init: Literal["scratch", "checkpoint", "target"] = setting(
         "scratch",
-        help="scratch: a random Llama of the size below. checkpoint: trained weights. target: evenly spaced target layers.",
+        help="scratch: a random Llama of the size below. checkpoint: trained weights. target: layers of the target (`cut`).",
     )
     checkpoint: str | None = setting(
         None, help="checkpoint: folder or hub id, with the target's tokenizer, or that of `tokenizer`."
@@ -62,6 +63,7 @@ class CausalLMSettings:
         help="Folder or hub id of a tokenizer of its own: it drafts only tokens that the target has too. null: the target's.",
     )
     num_layers: int = setting(2, help="scratch, target: decoder layers.", ge=1)
+    cut: CutSettings = setting(CutSettings(), help="target: the part of the target that it starts from.")
     hidden_size: int = setting(96, help="scratch: width.", ge=8)
     intermediate_size: int | None = setting(
         None,
@@ -96,6 +98,10 @@ class CausalLMSettings:
             problems.append("checkpoint: init 'checkpoint' needs a folder or hub id")
         if self.init != "checkpoint" and self.checkpoint:
             problems.append(f"checkpoint: is not used with init {self.init!r}; set init: checkpoint")
+        if self.init == "target":
+            problems += self.cut.problems(num_layers=self.num_layers)
+        elif self.cut != CutSettings():
+            problems.append(f"cut: is not used with init {self.init!r}; set init: target")
         if self.init == "scratch" and self.hidden_size % self.num_heads:
             problems.append(f"num_heads: {self.num_heads} does not divide hidden_size {self.hidden_size}")
         if self.init != "scratch" and self.embedding_init != "random":
@@ -169,6 +175,11 @@ class CausalLMDrafter(Drafter):
         return "init: target cuts the drafter from the target's blocks" if settings.init == "target" else None
 
     @classmethod
+    def start_choice(cls, settings: CausalLMSettings) -> StartChoice | None:
+        """Return the choice of the target's layers, if texts decide."""
+        return LayersByAblation(settings) if settings.init == "target" and settings.cut.chooses else None
+
+    @classmethod
     def create(cls, settings: CausalLMSettings, *, target: Target | None, tokenizer: Any) -> Self:
         """Return the drafter as training starts from it."""
         other, own = None, tokenizer
@@ -195,7 +206,8 @@ class CausalLMDrafter(Drafter):
                 raise CheckpointError(
                     "drafter.init is 'target' but target.model is null: there is no target to cut the drafter from"
                 )
-            model = cut_from(target.model, num_layers=settings.num_layers, width=settings.intermediate_size)
+            layers = settings.cut.layer_numbers(len(blocks(target.model)), settings.num_layers)
+            model = cut_from(target.model, layers, width=settings.intermediate_size)
         else:
             assert settings.checkpoint is not None
             folder = resolve_folder(settings.checkpoint)
@@ -205,18 +217,20 @@ class CausalLMDrafter(Drafter):
             model = load_causal_lm(folder, attention=drafter_attention(target and target.model))
         drafter = cls._of(model, settings, other)
         if settings.input_mask_ratio:
-            drafter.input_mask = _input_mask(drafter.model, settings, target=target, tokenizer=tokenizer)
+            drafter.input_mask = InputMask.of(model, settings, target=target, tokenizer=tokenizer)
         return drafter
 
     @classmethod
     def sized(cls, settings: CausalLMSettings, *, target: Target, tokenizer: Any) -> Self:
-        """Return the drafter; of a checkpoint only config.json is read."""
-        if settings.checkpoint is None:
+        """Return the drafter; of a checkpoint or a target only config.json is read."""
+        if settings.init == "scratch":
             # Which token is the mask changes no size, and needs the tokenizer, which may not be there.
-            unmasked = replace(settings, input_mask_ratio=0.0, mask_token_id=None)
-            drafter = cls.create(unmasked, target=target, tokenizer=tokenizer)
+            sizes = replace(settings, input_mask_ratio=0.0, mask_token_id=None)
+            drafter = cls.create(sizes, target=target, tokenizer=tokenizer)
         else:
-            config, _ = read_sizes(settings.checkpoint)
+            config = (
+                sized_cut(target.model, settings) if settings.checkpoint is None else read_sizes(settings.checkpoint)[0]
+            )
             drafter = cls._of(sized_model(config, "float32", attention=drafter_attention(target.model)), settings)
         assume_plain(drafter.model)
         return drafter
@@ -352,17 +366,11 @@ class CausalLMDrafter(Drafter):
         return cls(model, other=other)
 
 
-def _input_mask(model: Any, settings: CausalLMSettings, *, target: Target | None, tokenizer: Any) -> InputMask:
-    rows = int(model.get_input_embeddings().weight.shape[0])
-    token = unused_token(
-        tokenizer,
-        settings.mask_token_id,
-        num_rows=rows,
-        num_tokens=num_ids(tokenizer) if target is None else target.num_tokens,
-        ends=end_ids(None, tokenizer) if target is None else target.eos_token_ids,
-        of="this drafter",
-    )
-    return InputMask(settings.input_mask_ratio, token)
+def sized_cut(model: Any, settings: CausalLMSettings) -> Any:
+    """Return the configuration of a drafter that is cut from a target; the layers that texts choose have the sizes of others."""
+    total = len(blocks(model))
+    layers = settings.cut.any_choice().layer_numbers(total, settings.num_layers)
+    return cut_config(model.config, layers, total=total, width=settings.intermediate_size)
 
 
 def _head_rows(target: Target | None, *, width: int) -> Tensor:
