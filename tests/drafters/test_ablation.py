@@ -12,8 +12,9 @@ import torch
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.texts import Record
-from drafttrain.drafters.causal_lm.ablation import Ablation, LayersByAblation, removed_one_by_one
+from drafttrain.drafters.causal_lm.ablation import Ablation, removed_one_by_one
 from drafttrain.drafters.causal_lm.cut import cut_from
+from drafttrain.drafters.causal_lm.cut_choice import CutChoice
 from drafttrain.drafters.causal_lm.cut_settings import CutSettings
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter, CausalLMSettings
 from drafttrain.target_model import Target
@@ -107,5 +108,5 @@ def test_what_cannot_be_chosen_is_refused() -> None:
     assert CausalLMDrafter.start_choice(CausalLMSettings(init="target")) is None
     assert isinstance(
         CausalLMDrafter.start_choice(CausalLMSettings(init="target", cut=CutSettings(layers="ablation"))),
-        LayersByAblation,
+        CutChoice,
     )

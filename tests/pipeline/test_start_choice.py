@@ -13,10 +13,14 @@ from drafttrain.core.errors import RecipeError
 from drafttrain.core.files import write_json
 from drafttrain.core.foreign import read_json
 from drafttrain.drafters.causal_lm.cut import cut_from
+from drafttrain.drafters.causal_lm.cut_settings import CutSettings
+from drafttrain.drafters.causal_lm.dense import dense_from
 from drafttrain.pipeline.data import training_data
 from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.pipeline.plan import plan_of
 from drafttrain.target_model.loading import load_causal_lm
+from tests.conftest import byte_tokenizer
+from tests.drafters.test_dense import mixture
 
 RECIPE = """
 name: cut
@@ -65,6 +69,22 @@ def test_a_plan_needs_no_text(recipe: Path) -> None:
     )
     assert chosen.cost.trained == given.cost.trained == sum(p.numel() for p in cut.parameters())
     assert chosen.cost.needed == given.cost.needed
+
+
+def test_experts_are_chosen_by_the_routing_of_the_texts(recipe: Path, tmp_path: Path) -> None:
+    model, target = mixture("qwen3_moe"), tmp_path / "mixture"
+    model.save_pretrained(target)
+    byte_tokenizer().save_pretrained(target)
+    overrides = [f"target.model={target}", "drafter.cut={layers: last, experts: 2, texts: 4}"]
+    made = load_recipe(recipe, overrides)
+    run = DrafterRun(made, tmp_path / "run")
+    training_data(run)
+    drafter: Any = run.drafter
+    shares = read_json(run.folder.choice)["shares"]
+    assert [len(one) for one in shares] == [0, 4, 4]
+    whole = dense_from(run.target.model, CutSettings(experts=2, shares=shares))
+    assert same(drafter.model, cut_from(whole, [1, 2], width=None))
+    assert plan_of(made, None).cost.trained == sum(p.numel() for p in drafter.parameters())
 
 
 def test_a_cut_needs_a_target(recipe: Path) -> None:

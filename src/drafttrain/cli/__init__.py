@@ -7,7 +7,6 @@ import sys
 
 from drafttrain.cli import (
     advise,
-    calibrate,
     chat,
     check_server,
     data,
@@ -27,7 +26,7 @@ from drafttrain.cli.app import app
 
 __all__ = ["app", "main"]
 
-for group in (stages, sweep, fit_scaling, plan, evaluate, calibrate, advise, chat, formats, check_server, record):
+for group in (stages, sweep, fit_scaling, plan, evaluate, advise, chat, formats, check_server, record):
     group.add_to(app)
 app.add_typer(data.app, name="data")
 app.add_typer(online.app, name="online")

@@ -5,9 +5,8 @@ T = tokens of a text, N = its rows that predict labels, D = hidden, V = vocabula
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +16,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Record
 from drafttrain.drafters.causal_lm.cut import without_blocks
-from drafttrain.drafters.causal_lm.cut_settings import spread
-from drafttrain.drafters.start_choice import StartChoice
+from drafttrain.drafters.causal_lm.cut_settings import CutSettings, spread
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.documents import probe
@@ -81,46 +79,27 @@ def removed_one_by_one(ablation: Ablation, total: int, count: int) -> Iterator[t
         yield cheapest, costs[cheapest]
 
 
-@dataclass(frozen=True)
-class LayersByAblation(StartChoice):
-    """The choice of `cut.layers: ablation`.
+def layers_by_ablation(target: Target, records: Sequence[Record], count: int) -> dict[str, Any]:
+    """Return the layers that are left, the removals in their order, and the divergence of evenly spaced layers beside theirs.
 
     ShortGPT (Men et al. 2024, arXiv 2403.03853) ranks all layers once, by how much each changes its input. Here the cost of a layer is
     measured again after each removal, in the distribution, which is what a drafter is compared by.
-
-    Args:
-        given: `CausalLMSettings`.
     """
-
-    given: Any
-    name: ClassVar[str] = "the layers that the drafter starts from"
-
-    @property
-    def num_texts(self) -> int:
-        """Of the settings."""
-        return int(self.given.cut.texts)
-
-    def choose(self, target: Target, records: Sequence[Record]) -> Mapping[str, Any]:
-        """Return the layers, the removals in their order, and the divergence of evenly spaced layers beside theirs."""
-        total, count = len(blocks(target.model)), self.given.num_layers
-        replace(self.given.cut, layers="first").layer_numbers(total, count)
-        ablation, removed = Ablation(target, records), []
-        for block, divergence in removed_one_by_one(ablation, total, count):
-            removed.append({"layer": block, "kl": divergence})
-            say(f"ablation: layer {block} removed, {total - len(removed)} left, KL {divergence:.4f} nats")
-        layers = [block for block in range(total) if block not in [one["layer"] for one in removed]]
-        even = spread(total, count)
-        kl_of_even = ablation.divergence([block for block in range(total) if block not in even])
-        kl = removed[-1]["kl"] if removed else 0.0
-        say(
-            f"the drafter starts from layers {', '.join(map(str, layers))} of the target: KL {kl:.4f} nats to the whole target on "
-            f"{len(records)} texts; evenly spaced layers have {kl_of_even:.4f}"
-        )
-        return {"layers": layers, "kl": kl, "kl_of_evenly_spaced": kl_of_even, "removed": removed}
-
-    def settings(self, choice: Mapping[str, Any]) -> Any:
-        """Return the settings with the layers."""
-        return replace(self.given, cut=replace(self.given.cut, layers=list(choice["layers"])))
+    total = len(blocks(target.model))
+    CutSettings(layers="first").layer_numbers(total, count)
+    ablation, removed = Ablation(target, records), []
+    for block, divergence in removed_one_by_one(ablation, total, count):
+        removed.append({"layer": block, "kl": divergence})
+        say(f"ablation: layer {block} removed, {total - len(removed)} left, KL {divergence:.4f} nats")
+    layers = [block for block in range(total) if block not in [one["layer"] for one in removed]]
+    even = spread(total, count)
+    kl_of_even = ablation.divergence([block for block in range(total) if block not in even])
+    kl = removed[-1]["kl"] if removed else 0.0
+    say(
+        f"the drafter starts from layers {', '.join(map(str, layers))} of the target: KL {kl:.4f} nats to the whole target on "
+        f"{len(records)} texts; evenly spaced layers have {kl_of_even:.4f}"
+    )
+    return {"layers": layers, "kl": kl, "kl_of_evenly_spaced": kl_of_even, "removed": removed}
 
 
 def _rows(record: Record) -> tuple[Tensor, Tensor]:

@@ -162,7 +162,7 @@ def _differences(whole: Any, fresh: Any, kept: Sequence[int], *, width: int | No
     found = [
         problem
         for new, old in enumerate(kept)
-        for problem in _settings_that_differ(blocks(whole)[old], blocks(fresh)[new], old=old, new=new, width=width)
+        for problem in settings_that_differ(blocks(whole)[old], blocks(fresh)[new], old=old, new=new, width=width)
     ]
     size = int(whole.get_input_embeddings().weight.shape[0])
     tokens_BT = torch.arange(1, 9)[None] % size
@@ -191,7 +191,7 @@ def _passing(own: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _settings_that_differ(block: nn.Module, cut: nn.Module, *, old: int, new: int, width: int | None) -> list[str]:
+def settings_that_differ(block: nn.Module, cut: nn.Module, *, old: int, new: int, width: int | None) -> list[str]:
     """Return which attributes differ at a block's new place, such as a window that a short text does not reach."""
     pairs = zip(block.named_modules(), cut.modules(), strict=True)
     return [

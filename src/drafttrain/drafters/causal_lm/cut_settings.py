@@ -20,13 +20,40 @@ class CutSettings:
         "absence changes the target's distribution least were removed one by one (ablation), or their numbers from 0.",
         ge=0,
     )
-    texts: int = setting(16, help="Training texts on which they are chosen; read for ablation only.", ge=1)
+    experts: int | None = setting(
+        None,
+        help="Make the drafter of a mixture of experts dense: the experts of each layer that training texts are routed to most, so many of "
+        "them, become one feed-forward block. null: it keeps all experts and their router.",
+        ge=1,
+    )
+    join: Literal["side_by_side", "averaged"] = setting(
+        "side_by_side",
+        help="With experts. side_by_side: a block with the neurons of all of them, weighed by their mean gates; averaged: as wide as one "
+        "expert, with the mean of their weights.",
+    )
+    shares: list[list[float]] | None = setting(
+        None,
+        help="With experts: by layer of the target, the mean gate of each of its experts; none for a layer without. null: measured on "
+        "training texts.",
+        ge=0,
+    )
+    texts: int = setting(
+        16, help="Training texts on which layers and experts are chosen; not read if nothing is chosen.", ge=1
+    )
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
+        problems = []
         if isinstance(self.layers, list) and (not self.layers or self.layers != sorted(set(self.layers))):
-            return [f"layers: at least one number, ascending, each once, got {self.layers}"]
-        return []
+            problems.append(f"layers: at least one number, ascending, each once, got {self.layers}")
+        if self.experts is None:
+            usual = CutSettings.__dataclass_fields__
+            problems += [
+                f"{name}: is not used without experts"
+                for name in ("join", "shares")
+                if getattr(self, name) != usual[name].default
+            ]
+        return problems
 
     def problems(self, *, num_layers: int) -> list[str]:
         """Return what does not fit a drafter of so many layers."""
@@ -37,7 +64,12 @@ class CutSettings:
     @property
     def chooses(self) -> bool:
         """Whether training texts decide."""
-        return self.layers == "ablation"
+        return self.layers == "ablation" or self.measures_routing
+
+    @property
+    def measures_routing(self) -> bool:
+        """Whether training texts tell which experts matter."""
+        return self.experts is not None and self.shares is None
 
     def any_choice(self) -> Self:
         """Return settings of the same sizes that no text decides."""

@@ -19,10 +19,11 @@ from drafttrain.core.flops import BatchShape, Products, matrix
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.drafters import Drafter, drafters
-from drafttrain.drafters.causal_lm.ablation import LayersByAblation
 from drafttrain.drafters.causal_lm.across_tokenizers import EncodedText, SharedTokens
 from drafttrain.drafters.causal_lm.cut import cut_config, cut_from
+from drafttrain.drafters.causal_lm.cut_choice import CutChoice
 from drafttrain.drafters.causal_lm.cut_settings import CutSettings
+from drafttrain.drafters.causal_lm.dense import dense_config, dense_from
 from drafttrain.drafters.causal_lm.layer_parallel import check_layer_parallel
 from drafttrain.drafters.causal_lm.own_text import own_text
 from drafttrain.drafters.causal_lm.projected import projected
@@ -176,8 +177,8 @@ class CausalLMDrafter(Drafter):
 
     @classmethod
     def start_choice(cls, settings: CausalLMSettings) -> StartChoice | None:
-        """Return the choice of the target's layers, if texts decide."""
-        return LayersByAblation(settings) if settings.init == "target" and settings.cut.chooses else None
+        """Return the choice of the target's layers and experts, as far as texts decide."""
+        return CutChoice(settings) if settings.init == "target" and settings.cut.chooses else None
 
     @classmethod
     def create(cls, settings: CausalLMSettings, *, target: Target | None, tokenizer: Any) -> Self:
@@ -206,8 +207,10 @@ class CausalLMDrafter(Drafter):
                 raise CheckpointError(
                     "drafter.init is 'target' but target.model is null: there is no target to cut the drafter from"
                 )
-            layers = settings.cut.layer_numbers(len(blocks(target.model)), settings.num_layers)
-            model = cut_from(target.model, layers, width=settings.intermediate_size)
+            cut = settings.cut
+            layers = cut.layer_numbers(len(blocks(target.model)), settings.num_layers)
+            whole = target.model if cut.experts is None else dense_from(target.model, cut)
+            model = cut_from(whole, layers, width=settings.intermediate_size)
         else:
             assert settings.checkpoint is not None
             folder = resolve_folder(settings.checkpoint)
@@ -370,7 +373,8 @@ def sized_cut(model: Any, settings: CausalLMSettings) -> Any:
     """Return the configuration of a drafter that is cut from a target; the layers that texts choose have the sizes of others."""
     total = len(blocks(model))
     layers = settings.cut.any_choice().layer_numbers(total, settings.num_layers)
-    return cut_config(model.config, layers, total=total, width=settings.intermediate_size)
+    config = model.config if settings.cut.experts is None else dense_config(model, settings.cut)
+    return cut_config(config, layers, total=total, width=settings.intermediate_size)
 
 
 def _head_rows(target: Target | None, *, width: int) -> Tensor:
