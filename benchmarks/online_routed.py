@@ -181,7 +181,7 @@ class Bench:
         settings = CausalLMSettings(init="checkpoint", checkpoint="builtin:drafter")
         drafter = CausalLMDrafter.create(settings, target=self.target, tokenizer=self.target.tokenizer)
         if SIZES[size]:
-            drafter = CausalLMDrafter(cut_from(drafter.model, num_layers=1, width=SIZES[size]))
+            drafter = CausalLMDrafter(cut_from(drafter.model, [0], width=SIZES[size]))
         self.export(drafter, self.start(size))
 
     def export(self, drafter: CausalLMDrafter, folder: Path) -> None:

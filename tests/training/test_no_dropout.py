@@ -52,7 +52,7 @@ def run(
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     target = Target(model, byte_tokenizer(), name=name, fingerprint="")
-    drafter = CausalLMDrafter(cut_from(model, num_layers=layers, width=None))
+    drafter = CausalLMDrafter(cut_from(model, range(layers), width=None))
     wanted = TrainSettings(
         max_steps=steps,
         batch_size=BATCH,

@@ -1,4 +1,4 @@
-"""`eval` and `compare`: exported drafters on their target."""
+"""`eval`, `compare` and `calibrate`: exported drafters on their target."""
 
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,7 @@ def add_to(app: typer.Typer) -> None:
     """Add the commands of this file."""
     app.command(name="eval")(evaluate)
     app.command()(compare)
+    app.command()(calibrate)
 
 
 def evaluate(
@@ -67,10 +68,10 @@ def evaluate(
         named, overrides = names_and_overrides(what)
         if len(named) == 1 and target is None and out is None and is_recipe(named[0]):
             loaded, run_folder = recipe_and_run_folder(named[0], overrides, smoke=smoke, runs=runs)
-            _commands().evaluate_recipe(loaded, run_folder)
+            _command("evaluate").evaluate_recipe(loaded, run_folder)
             return
         _check_drafter(named, smoke=smoke)
-        _commands().evaluate_drafter(named[0], target, overrides, out=out)
+        _command("evaluate").evaluate_drafter(named[0], target, overrides, out=out)
 
 
 def compare(
@@ -110,14 +111,54 @@ def compare(
     with exit_codes(debug=debug):
         only_first_process()
         named, overrides = names_and_overrides(drafters)
-        _commands().compare_drafters(named, target, overrides, prompts=prompts, out=out, answers=answers)
+        _command("evaluate").compare_drafters(named, target, overrides, prompts=prompts, out=out, answers=answers)
 
 
-def _commands() -> ModuleType:
+def calibrate(
+    drafter: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DRAFTER [SECTION.KEY=VALUE]...",
+            help="A drafter folder, a run folder, a hub id or builtin:drafter. 'eval.length={kind: predicted_acceptance}' chooses the "
+            "confidence; the default is kind confidence. Other overrides: eval.key=value, target.key=value.",
+            show_default=False,
+        ),
+    ],
+    target: Target = None,
+    method: Annotated[
+        str, typer.Option("--method", help="The map that is written: isotonic, temperature or platt. All are compared.")
+    ] = "isotonic",
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Temperature of the decoding: acceptance depends on it.")
+    ] = 1.0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="The file. Default: calibration.json in the drafter's folder, if it is local.",
+            show_default=False,
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Fit how likely a draft token is accepted at each confidence; print ECE and Brier score on other prompts."""
+    with exit_codes(debug=debug):
+        only_first_process()
+        named, overrides = names_and_overrides(drafter)
+        problems = [] if len(named) == 1 else [f"give one drafter, got {len(named)} names"]
+        if not 0 <= temperature < float("inf"):
+            problems.append(f"--temperature: a number of 0 or more, got {temperature:g}")
+        if problems:
+            raise RecipeError("arguments", problems)
+        _command("calibrate").calibrate(named[0], target, overrides, method=method, temperature=temperature, out=out)
+
+
+def _command(name: str) -> ModuleType:
     # At the head of the file this would load torch for `drafttrain --help`.
-    from drafttrain.commands import evaluate
+    from drafttrain.commands import calibrate, evaluate
 
-    return evaluate
+    return {"calibrate": calibrate, "evaluate": evaluate}[name]
 
 
 def _check_drafter(named: list[str], *, smoke: bool) -> None:

@@ -176,6 +176,11 @@ class TrainingData:
             found[source][record] = None
         return [list(records) for records in found]
 
+    def first_records(self, num_records: int) -> list[Record]:
+        """Return the records of the first positions of the training order, each once, source by source."""
+        places = zip(self.stores, self.visited(num_records=num_records), strict=True)
+        return [store[number] for store, numbers in places for number in numbers]
+
     def label_counts(self) -> np.ndarray[Any, Any]:
         """Return how often each token id is a label, sources weighted as training draws from them."""
         sizes = [int(store.tokens.max()) + 1 for store in self.stores]

@@ -20,6 +20,7 @@ from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.target_rows import RowsAsked, TargetNeeds
 from drafttrain.core.texts import Record
 from drafttrain.drafters.lora import LoraAdapter, LoraSettings, linears_in, modules_named
+from drafttrain.drafters.start_choice import StartChoice
 from drafttrain.drafters.text_notes import TextNotes
 from drafttrain.drafters.tuned_target import TunedTarget, tuned
 from drafttrain.target_model import Target
@@ -120,6 +121,11 @@ class Drafter(nn.Module, ABC):
     @classmethod
     def notes(cls, settings: Any) -> TextNotes | None:
         """Return what the target notes about the training texts before a training with these settings; None: nothing."""
+        return None
+
+    @classmethod
+    def start_choice(cls, settings: Any) -> StartChoice | None:
+        """Return what these settings leave to be chosen on training texts before `create`; None: nothing."""
         return None
 
     @classmethod

@@ -23,6 +23,7 @@ from drafttrain.eval.arms import Arm, Source, decode, faster_baseline
 from drafttrain.eval.figures import compare, drafter_figures, plain_figures, prompt_counts, relative_speed
 from drafttrain.eval.proposers import TrainingFree, is_warm
 from drafttrain.eval.proposers.none import PLAIN
+from drafttrain.eval.recalibrated import check_calibration
 from drafttrain.eval.result import (
     FORMAT,
     AtTemperature,
@@ -128,6 +129,9 @@ def _check_heads(folders: Mapping[str, Path], target: Target, settings: EvalSett
         if getattr(part, "head", None) is not None:
             for folder in folders.values():
                 check_made_for(Path(part.head), target=target, drafter=folder)
+        if getattr(part, "calibration", None) is not None:
+            for folder in folders.values():
+                check_calibration(Path(part.calibration).expanduser(), target=target, drafter=folder)
 
 
 def _beside(drafters: Mapping[str, Drafter], settings: EvalSettings) -> dict[str, TrainingFree]:

@@ -149,7 +149,7 @@ def _round_seconds(arms: Sequence[Arm], prompt: Prompt) -> list[float]:
 def evaluated_lengths(result: Result, temperature: float, folder: Path) -> list[DrafterFigures]:
     """Return the lossless figures of the drafter in a folder at each draft length, at the nearest temperature that was evaluated.
 
-    Policies that read a head are left out: its folder may be elsewhere. Empty: this drafter was not evaluated there.
+    Policies that read a head or a calibration are left out: it may be elsewhere. Empty: this drafter was not evaluated there.
     """
     part = min(result.temperatures, key=lambda one: abs(one.temperature - temperature))
     about = read_about(folder)
@@ -164,5 +164,5 @@ def evaluated_lengths(result: Result, temperature: float, folder: Path) -> list[
         if own is not None
         and (name == own or name.startswith(f"{own} ("))
         and not figures.lossy
-        and not figures.length.get("head")
+        and not (figures.length.get("head") or figures.length.get("calibration"))
     ]

@@ -197,9 +197,10 @@ def _drafts_alone(length: Any) -> bool:
 
 def length_label(length: Any) -> str:
     """Return the label of a length policy: its kind, its first setting, and others that differ from the default."""
-    first, *others = [field for field in fields(length) if field.name != "head"]
+    first, *others = [field for field in fields(length) if field.name not in ("head", "calibration")]
     value = getattr(length, first.name)
     numbers = value if isinstance(value, list) else [] if value is None else [value]
     words = [length.kind, *(["-".join(f"{one:g}" for one in numbers)] if numbers else [])]
     changed = [other.name for other in others if getattr(length, other.name) != other.default]
-    return ", ".join([" ".join(words), *(f"{name} {getattr(length, name)}" for name in changed)])
+    calibrated = ["calibrated"] if getattr(length, "calibration", None) is not None else []
+    return ", ".join([" ".join(words), *(f"{name} {getattr(length, name)}" for name in changed), *calibrated])

@@ -8,6 +8,7 @@ import torch
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.proposals import DraftStep
+from drafttrain.eval.recalibrated import ACCEPTANCE_HEAD, Recalibration
 from drafttrain.heads import TokenHead
 from drafttrain.heads.folder import load_head
 
@@ -19,22 +20,28 @@ class Survival:
     that depend on its prediction leave the output lossless.
     """
 
-    def __init__(self, head: TokenHead) -> None:
+    def __init__(self, head: TokenHead, calibration: str | None = None) -> None:
         self.head = head
+        self._recalibration = Recalibration(calibration, of=ACCEPTANCE_HEAD)
         self._alive: dict[int, float] = {}
 
     @classmethod
-    def of_folder(cls, folder: str | None) -> Survival:
-        """Load the head of a folder."""
+    def of_folder(cls, folder: str | None, calibration: str | None = None) -> Survival:
+        """Load the head of a folder, whose predictions a file calibrates if one is given."""
         if folder is None:
             raise CheckpointError("eval.length.head: null means the head that the recipe trains. Give a folder here.")
-        return cls(load_head(Path(folder), kind="acceptance").head)
+        return cls(load_head(Path(folder), kind="acceptance").head, calibration)
 
     def after(self, step: DraftStep) -> float:
         """Return the probability that all tokens in the tree are accepted; 1 at depth 1, where nothing is drafted yet."""
-        alive = 1.0 if step.depth == 1 else self._alive[step.sequence] * self._prediction(step)
+        noted = self.noted(step)
+        alive = 1.0 if noted is None else self._alive[step.sequence] * self._recalibration.one(noted[1])
         self._alive[step.sequence] = alive
         return alive
+
+    def noted(self, step: DraftStep) -> tuple[int, float] | None:
+        """Return (depth, the head's prediction) of the newest token; None at depth 1, where nothing is drafted yet."""
+        return None if step.depth == 1 else (step.depth - 1, self._prediction(step))
 
     @torch.no_grad()
     def _prediction(self, step: DraftStep) -> float:

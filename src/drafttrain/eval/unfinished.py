@@ -109,7 +109,9 @@ def made_with(
 ) -> dict[str, Any]:
     """Return everything that the outputs and times of an evaluation depend on."""
     parts = list(components_of(settings))
-    heads, corpora = ([name for one in parts if (name := getattr(one, key, None))] for key in ("head", "corpus"))
+    heads, corpora, calibrations = (
+        [name for one in parts if (name := getattr(one, key, None))] for key in ("head", "corpus", "calibration")
+    )
     about = provenance()
     return {
         "target": [target.name, target.fingerprint, str(target.model.dtype), str(target.device)],
@@ -117,6 +119,7 @@ def made_with(
         "drafters": {name: _content(folder) for name, folder in folders.items()},
         "heads": [_content(Path(head)) for head in heads],
         "corpora": [text_digest(Path(corpus).expanduser()) for corpus in corpora],
+        "calibrations": [text_digest(Path(one).expanduser()) for one in calibrations],
         "prompts": [replace(prompt, tokens=list(prompt.tokens), chat=None) for prompt in prompts],
         "settings": settings.as_dict(),
         "versions": [about["commit"], about["python"], about["packages"], about["machine"]],

@@ -48,16 +48,21 @@ def check_made_for(folder: Path, *, target: Target, drafter: Path) -> None:
     made: MadeFor | None = _config(folder)["made_for"]
     if made is None:
         return
+    if others := differing_models(made, target=target, drafter=drafter):
+        raise CheckpointError(
+            f"{folder}: this head was made for {' and '.join(others)}. Train a head for these models, or pass the models "
+            "that it was made for."
+        )
+
+
+def differing_models(made: MadeFor, *, target: Target, drafter: Path) -> list[str]:
+    """Return which models are other ones than those that something was made for."""
     others = []
     if made.target_fingerprint != target.fingerprint:
         others.append(f"the target {made.target} ({made.target_fingerprint}), not {target.name} ({target.fingerprint})")
     if made.drafter_fingerprint != (found := fingerprint_of(drafter)):
         others.append(f"the drafter {made.drafter} ({made.drafter_fingerprint}), not {drafter} ({found})")
-    if others:
-        raise CheckpointError(
-            f"{folder}: this head was made for {' and '.join(others)}. Train a head for these models, or pass the models "
-            "that it was made for."
-        )
+    return others
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -33,6 +33,15 @@ class Loss(nn.Module, ABC):
         """Whether `combine` may be called with a part of the rows: it reads one row at a time, or accumulates sums."""
         return type(self).combine is Loss.combine
 
+    @property
+    def runs_without_target(self) -> bool:
+        """Whether `per_row` may be called without the target's logits, where `reads_target` is False."""
+        return not self.needs_target
+
+    def reads_target(self, step: int) -> bool:
+        """Return whether an optimizer step, from 0, reads the target's logits: a schedule may end that."""
+        return self.needs_target
+
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return named values, each float32 of shape N, differentiable in the drafter's logits."""
         raise NotImplementedError

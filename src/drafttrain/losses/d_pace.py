@@ -74,6 +74,15 @@ class DPace(Loss):
         return self.inner.needs_target
 
     @property
+    def runs_without_target(self) -> bool:
+        """Whether the weighed loss does, and the chances too."""
+        return self.settings.chance != "acceptance" and self.inner.runs_without_target
+
+    def reads_target(self, step: int) -> bool:
+        """Return whether the weighed loss or the chances read it."""
+        return self.settings.chance == "acceptance" or self.inner.reads_target(step)
+
+    @property
     def block_length(self) -> int:
         """Draft tokens of a block."""
         return self.settings.block_length

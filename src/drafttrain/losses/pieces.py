@@ -168,8 +168,9 @@ class RowValues:
         self._vocabulary_R = drafted.vocabulary
         readable_BT = drafted.readable_BT
         self._readable_N = None if readable_BT is None else readable_BT.flatten()[rows.drafter_N]
-        self._target = batch.target_rows if loss.needs_target else None
-        assert self._target is not None or not loss.needs_target, "the module reads the target before the loss"
+        reads_target = loss.reads_target(batch.step)
+        self._target = batch.target_rows if reads_target else None
+        assert self._target is not None or not reads_target, "the module reads the target before the loss"
         self._named = isinstance(self._target, NamedTargetRows) and drafted.vocabulary is None
 
     @cached_property

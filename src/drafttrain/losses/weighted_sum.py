@@ -54,8 +54,15 @@ class WeightedSumSettings:
         """Return what is wrong across fields."""
         if not self.terms:
             return ["terms: at least one is needed"]
+        idle = [step for step in self._corners() if not any(term.at(step) for term in self.terms)]
+        if idle:
+            return [f"terms: at optimizer step {idle[0]} all weights are 0: nothing is trained"]
         lengths = sorted(self.block_lengths())
         return [f"terms: block_length must be the same in all terms, got {lengths}"] if len(lengths) > 1 else []
+
+    def _corners(self) -> list[int]:
+        """Return the steps between which all weights move linearly."""
+        return sorted({0, *(step for term in self.terms for step in (term.from_step, term.until_step))})
 
     def block_lengths(self) -> set[int]:
         """Return the block lengths of all terms, those of nested sums included."""
@@ -66,7 +73,10 @@ class WeightedSumSettings:
 
 @losses.register("sum", WeightedSumSettings)
 class WeightedSum(Loss):
-    """sum_i w_i(step) loss_i."""
+    """sum_i w_i(step) loss_i.
+
+    Staged distillation (Rajbhandari et al. 2022, DeepSpeed-MoE, arXiv 2201.05596, 4.2) is a term whose weight falls to 0.
+    """
 
     def __init__(self, settings: WeightedSumSettings) -> None:
         super().__init__()
@@ -92,11 +102,23 @@ class WeightedSum(Loss):
         """The longest block length of any part."""
         return max(part.block_length for part in self._losses)
 
+    @property
+    def runs_without_target(self) -> bool:
+        """Whether any part does."""
+        return any(part.runs_without_target for part in self._losses)
+
+    def reads_target(self, step: int) -> bool:
+        """Return whether a part does whose weight is not 0."""
+        return any(
+            term.at(step) and part.reads_target(step) for term, part in zip(self.weights, self._losses, strict=True)
+        )
+
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
-        """Return every part's values under its number."""
+        """Return every part's values under its number; without a target, of the parts that run without one."""
         return {
             f"{number}.{name}": value
             for number, part in enumerate(self._losses)
+            if rows.target_logits_NV is not None or part.runs_without_target
             for name, value in part.per_row(rows).items()
         }
 
@@ -107,7 +129,8 @@ class WeightedSum(Loss):
             own = {
                 name.split(".", 1)[1]: value for name, value in values.items() if name.split(".", 1)[0] == str(number)
             }
-            total = total + term.at(index.step) * part.combine(own, index)
+            if own:
+                total = total + term.at(index.step) * part.combine(own, index)
         return total
 
     def end_of_step(self) -> None:

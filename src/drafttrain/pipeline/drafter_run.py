@@ -13,7 +13,8 @@ import torch
 from drafttrain.checkpoint import About
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DataError, DrafttrainError
-from drafttrain.core.files import folder_beside
+from drafttrain.core.files import folder_beside, write_json
+from drafttrain.core.foreign import read_json
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.vocabulary import share_of_tokens
 from drafttrain.data_gen.on_policy import OnPolicyData
@@ -288,7 +289,18 @@ class DrafterRun(Run):
     @functools.cached_property
     def drafter(self) -> Drafter:
         """The drafter that the settings describe, before any training."""
-        return self.new_drafter(self.recipe.drafter)
+        return self.new_drafter(self._chosen())
+
+    def _chosen(self) -> Any:
+        """Return the drafter's settings with what they leave to be chosen on training texts: chosen once, and stored."""
+        given, path = self.recipe.drafter, self.folder.choice
+        choice = cast(Any, drafters.entry(given.kind).component).start_choice(given)
+        if choice is None:
+            return given
+        with first_before_others(f"it chooses {choice.name}"):
+            if not path.exists():
+                write_json(path, choice.choose(self.target, encoded_data(self).first_records(choice.num_texts)))
+        return choice.settings(read_json(path))
 
     def new_drafter(self, settings: Any) -> Drafter:
         """Return a drafter of these settings on `train.device`: by default the target's, or where a target would be."""

@@ -52,6 +52,8 @@ class RunFolder:
         self.train_done = path / "train.json"
         self.search = path / "search.jsonl"
         """The scores of a drafter that is searched instead of trained."""
+        self.choice = path / "choice.json"
+        """What the drafter starts from, where training texts decide."""
         self.start = path / "start"
         self.unfinished = path / "eval.unfinished"
         self.labelled = self.data / "labelled"

@@ -115,6 +115,10 @@ def _of_evaluation(settings: EvalSettings) -> Iterator[Reader]:
     heads = [head for part in parts if isinstance(head := getattr(part, "head", None), str)]
     for number, head in enumerate(heads):
         yield _of_folder(f"{HEAD}eval.{number}", head)
+    for number, part in enumerate(parts):
+        yield _of_file(
+            f"{HEAD}eval.calibration.{number} ({getattr(part, 'kind', '')})", getattr(part, "calibration", None)
+        )
     yield from _of_files(CHECKER, settings.checker)
     for number, part in enumerate(components_of(settings.beside)):
         yield _of_file(f"{BESIDE}.{number} ({part.kind})", getattr(part, "corpus", None))

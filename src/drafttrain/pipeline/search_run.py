@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from drafttrain.core.files import folder_beside, write_json
-from drafttrain.core.texts import Record
 from drafttrain.data_gen.training_data import TrainingData
 from drafttrain.distributed.collectives import first_before_others
 from drafttrain.distributed.world import is_first
@@ -30,7 +29,7 @@ class SearchRun(DrafterRun):
         """Search, and write the drafter as `last/`."""
         steps = drafter.search(
             self.target,
-            records_of(data, count=self.recipe.train.batch_size),
+            data.first_records(self.recipe.train.batch_size),
             num_steps=num_steps,
             seed=self.recipe.seed,
             log=self.folder.search,
@@ -45,12 +44,3 @@ class SearchRun(DrafterRun):
         with self.folder.search.open(encoding="utf-8") as log:
             scored = sum(line.endswith("\n") for line in log)
         return self._searched(self.start(data), data, num_steps=max(1, scored))
-
-
-def records_of(data: TrainingData, *, count: int) -> list[Record]:
-    """Return the records of the first `count` places of the training order, each once."""
-    return [
-        store[number]
-        for store, numbers in zip(data.stores, data.visited(num_records=count), strict=True)
-        for number in numbers
-    ]

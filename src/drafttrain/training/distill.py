@@ -83,7 +83,9 @@ class DistillModule(StepModule):
     def _with_target(self, batch: DraftBatch) -> DraftBatch:
         unread = missing(self.trained, self.loss, batch)
         reads = unread is not None
-        head = self.loss.needs_target and (batch.target_rows is None or isinstance(batch.target_rows, LiveRows))
+        head = self.loss.reads_target(batch.step) and (
+            batch.target_rows is None or isinstance(batch.target_rows, LiveRows)
+        )
         blocks = reads and self.target is not None and not self.target.elsewhere
         self.count_later(partial(distill_flops, self.trained, self.target, batch.shape, reads=blocks, head=head))
         if not self._read_by_any(reads):

@@ -13,7 +13,7 @@ from drafttrain.target_model import Target
 
 def rows_missing(loss: Loss, batch: DraftBatch) -> bool:
     """Return whether the loss reads the target's distribution, and the micro-batch came without it."""
-    return loss.needs_target and batch.target_rows is None
+    return loss.reads_target(batch.step) and batch.target_rows is None
 
 
 def missing(drafter: Drafter, loss: Loss, batch: DraftBatch) -> TargetNeeds | None:

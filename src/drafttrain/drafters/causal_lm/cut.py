@@ -1,6 +1,6 @@
 """A model cut from a larger one: embedding, head, some blocks, some feed-forward neurons.
 
-A drafter has evenly spaced blocks of its target and the strongest neurons; a sub-model of a nested drafter has the first of both.
+A drafter has some blocks of its target and their strongest neurons; a sub-model of a nested drafter has the first of both.
 
 F = feed-forward width
 """
@@ -8,7 +8,8 @@ F = feed-forward width
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -30,23 +31,23 @@ TOLERANCE = 1e-4
 """Largest difference of float32 logits, relative to the largest logit, that rounding explains."""
 
 
-def cut_from(model: Any, *, num_layers: int, width: int | None) -> Any:
+def cut_from(model: Any, layers: Sequence[int], *, width: int | None) -> Any:
     """Return a drafter made of some of the target's blocks. It computes exactly what they compute in the target.
 
+    Args:
+        layers: Numbers of the blocks, ascending.
+        width: Feed-forward neurons to keep, the strongest of each block; None: all.
+
     Raises:
-        CheckpointError: The target has fewer blocks, its feed-forward block is not gate/up/down, or its configuration
-            cannot describe these blocks alone.
+        CheckpointError: Its feed-forward block is not gate/up/down, or its configuration cannot describe these blocks alone.
     """
-    total = len(blocks(model))
-    if num_layers > total:
-        raise CheckpointError(f"drafter.num_layers must be 1..{total} for this target, got {num_layers}")
     return _of_blocks(
         model,
-        spread(total, num_layers),
-        widths=None if width is None else [width] * num_layers,
+        layers,
+        widths=None if width is None else [width] * len(layers),
         neurons=_strongest,
         what="drafter.init: target",
-        instead="Use init: scratch or checkpoint, or another num_layers",
+        instead="Use init: scratch or checkpoint, other layers, or another num_layers",
     )
 
 
@@ -106,13 +107,6 @@ def _of_blocks(
     return fresh.requires_grad_(True)
 
 
-def spread(total: int, count: int) -> list[int]:
-    """Return `count` layer numbers spread evenly over 0..total-1, including first and last if count > 1."""
-    if count == 1:
-        return [0]
-    return [round(i * (total - 1) / (count - 1)) for i in range(count)]
-
-
 def cut_config(config: Any, kept: Sequence[int], *, total: int, width: int | None) -> Any:
     """Return the configuration of a model of these blocks alone: entries by block move with their block."""
     from transformers import PreTrainedConfig
@@ -168,19 +162,23 @@ def _differences(whole: Any, fresh: Any, kept: Sequence[int], *, width: int | No
     found = [
         problem
         for new, old in enumerate(kept)
-        for problem in _settings_that_differ(blocks(whole)[old], blocks(fresh)[new], old=old, new=new, width=width)
+        for problem in settings_that_differ(blocks(whole)[old], blocks(fresh)[new], old=old, new=new, width=width)
     ]
     size = int(whole.get_input_embeddings().weight.shape[0])
     tokens_BT = torch.arange(1, 9)[None] % size
-    passing = {block: _passing(block.forward) for index, block in enumerate(blocks(whole)) if index not in kept}
     tokens_BT = tokens_BT.to(whole.get_input_embeddings().weight.device)
-    with replaced_forwards(passing):
+    with without_blocks(whole, [index for index in range(len(blocks(whole))) if index not in kept]):
         wanted_BTV = whole(input_ids=tokens_BT, use_cache=False).logits
     fresh.to(tokens_BT.device)
     difference = float((fresh(input_ids=tokens_BT, use_cache=False).logits - wanted_BTV).abs().max())
     if difference > TOLERANCE * float(wanted_BTV.abs().max()):
         found.append(f"its logits differ by {difference / float(wanted_BTV.abs().max()):.1%} of the largest logit")
     return found
+
+
+def without_blocks(model: Any, left_out: Collection[int]) -> AbstractContextManager[None]:
+    """Within this context these blocks return their input. They are still computed: their output has the form of others'."""
+    return replaced_forwards({block: _passing(block.forward) for i, block in enumerate(blocks(model)) if i in left_out})
 
 
 def _passing(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,7 +191,7 @@ def _passing(own: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _settings_that_differ(block: nn.Module, cut: nn.Module, *, old: int, new: int, width: int | None) -> list[str]:
+def settings_that_differ(block: nn.Module, cut: nn.Module, *, old: int, new: int, width: int | None) -> list[str]:
     """Return which attributes differ at a block's new place, such as a window that a short text does not reach."""
     pairs = zip(block.named_modules(), cut.modules(), strict=True)
     return [

@@ -20,25 +20,30 @@ from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.causal_lm.across_tokenizers import EncodedText, SharedTokens
-from drafttrain.drafters.causal_lm.cut import cut_from
+from drafttrain.drafters.causal_lm.cut import cut_config, cut_from
+from drafttrain.drafters.causal_lm.cut_choice import CutChoice
+from drafttrain.drafters.causal_lm.cut_settings import CutSettings
+from drafttrain.drafters.causal_lm.dense import dense_config, dense_from
 from drafttrain.drafters.causal_lm.layer_parallel import check_layer_parallel
 from drafttrain.drafters.causal_lm.own_text import own_text
 from drafttrain.drafters.causal_lm.projected import projected
 from drafttrain.drafters.causal_lm.proposer import ChainProposer
 from drafttrain.drafters.causal_lm.retokenized import RetokenizedProposer
+from drafttrain.drafters.causal_lm.scratch import scratch_llama
+from drafttrain.drafters.input_mask import InputMask
 from drafttrain.drafters.lora import LORA_HELP, LoraSettings, linears_in, lora_problems
 from drafttrain.drafters.recomputing import run_part
+from drafttrain.drafters.start_choice import StartChoice
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.attention import drafter_attention
 from drafttrain.target_model.documents import as_read, assume_plain, document_states, probe
-from drafttrain.target_model.end_tokens import end_of_text_id
 from drafttrain.target_model.folders import resolve_folder
 from drafttrain.target_model.loading import load_causal_lm
 from drafttrain.target_model.logits import head_of, some_rows
 from drafttrain.target_model.matrix_products import head_parameters, trunk_products
 from drafttrain.target_model.other_tokenizer import OtherTokenizer
-from drafttrain.target_model.positions import UNLIMITED_POSITIONS, max_positions
+from drafttrain.target_model.positions import max_positions
 from drafttrain.target_model.sized_target import read_sizes, sized_model
 from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokenizer, num_ids
 
@@ -49,7 +54,7 @@ class CausalLMSettings:
 
     init: Literal["scratch", "checkpoint", "target"] = setting(
         "scratch",
-        help="scratch: a random Llama of the size below. checkpoint: trained weights. target: evenly spaced target layers.",
+        help="scratch: a random Llama of the size below. checkpoint: trained weights. target: layers of the target (`cut`).",
     )
     checkpoint: str | None = setting(
         None, help="checkpoint: folder or hub id, with the target's tokenizer, or that of `tokenizer`."
@@ -59,6 +64,7 @@ class CausalLMSettings:
         help="Folder or hub id of a tokenizer of its own: it drafts only tokens that the target has too. null: the target's.",
     )
     num_layers: int = setting(2, help="scratch, target: decoder layers.", ge=1)
+    cut: CutSettings = setting(CutSettings(), help="target: the part of the target that it starts from.")
     hidden_size: int = setting(96, help="scratch: width.", ge=8)
     intermediate_size: int | None = setting(
         None,
@@ -70,6 +76,15 @@ class CausalLMSettings:
     embedding_init: Literal["random", "target"] = setting(
         "random",
         help="scratch: the embedding, which is the head too: random, or the target's head rows, projected to hidden_size.",
+    )
+    input_mask_ratio: float = setting(
+        0.0,
+        help="Share of the tokens that it reads in training that are replaced by the mask token (MEAP). Labels are not.",
+        ge=0,
+        lt=1,
+    )
+    mask_token_id: int | None = setting(
+        None, help="The mask token; null: an id of the drafter's vocabulary that no text has.", ge=0
     )
     freeze_embedding: bool = setting(False, help="Leave embedding and head as they start.")
     lora: LoraSettings | None = setting(None, help=LORA_HELP)
@@ -84,6 +99,10 @@ class CausalLMSettings:
             problems.append("checkpoint: init 'checkpoint' needs a folder or hub id")
         if self.init != "checkpoint" and self.checkpoint:
             problems.append(f"checkpoint: is not used with init {self.init!r}; set init: checkpoint")
+        if self.init == "target":
+            problems += self.cut.problems(num_layers=self.num_layers)
+        elif self.cut != CutSettings():
+            problems.append(f"cut: is not used with init {self.init!r}; set init: target")
         if self.init == "scratch" and self.hidden_size % self.num_heads:
             problems.append(f"num_heads: {self.num_heads} does not divide hidden_size {self.hidden_size}")
         if self.init != "scratch" and self.embedding_init != "random":
@@ -101,6 +120,13 @@ class CausalLMSettings:
         if self.tokenizer is not None and self.lora is not None and self.lora.dropout:
             problems.append(
                 f"lora.dropout: is drawn for the target's tokens, and a drafter with its own tokenizer reads others: set 0, got {self.lora.dropout:g}"
+            )
+        if self.mask_token_id is not None and not self.input_mask_ratio:
+            problems.append("mask_token_id: is not used with input_mask_ratio 0")
+        if self.tokenizer is not None and self.input_mask_ratio:
+            problems.append(
+                "input_mask_ratio: is drawn for the target's tokens, and a drafter with its own tokenizer reads others: set 0, got "
+                f"{self.input_mask_ratio:g}"
             )
         starts_from = None if self.init == "scratch" else self.init
         return problems + lora_problems(self.lora, starts_from=starts_from, has_dropout=True)
@@ -126,6 +152,8 @@ class CausalLMDrafter(Drafter):
         self.draft = draft
         self.other = other
         """Its own tokenizer; None: it reads and drafts the target's ids."""
+        self.input_mask: InputMask | None = None
+        """What it does not read in training; None: it reads every token."""
 
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation mode, but keep the model itself in evaluation mode.
@@ -148,6 +176,11 @@ class CausalLMDrafter(Drafter):
         return "init: target cuts the drafter from the target's blocks" if settings.init == "target" else None
 
     @classmethod
+    def start_choice(cls, settings: CausalLMSettings) -> StartChoice | None:
+        """Return the choice of the target's layers and experts, as far as texts decide."""
+        return CutChoice(settings) if settings.init == "target" and settings.cut.chooses else None
+
+    @classmethod
     def create(cls, settings: CausalLMSettings, *, target: Target | None, tokenizer: Any) -> Self:
         """Return the drafter as training starts from it."""
         other, own = None, tokenizer
@@ -161,7 +194,7 @@ class CausalLMDrafter(Drafter):
             )
             other.check()
         if settings.init == "scratch":
-            model = from_scratch(
+            model = scratch_llama(
                 settings,
                 vocab_size=target.vocab_size if target and other is None else num_ids(own),
                 num_positions=max_positions(target.model.config) if target and other is None else None,
@@ -174,7 +207,10 @@ class CausalLMDrafter(Drafter):
                 raise CheckpointError(
                     "drafter.init is 'target' but target.model is null: there is no target to cut the drafter from"
                 )
-            model = cut_from(target.model, num_layers=settings.num_layers, width=settings.intermediate_size)
+            cut = settings.cut
+            layers = cut.layer_numbers(len(blocks(target.model)), settings.num_layers)
+            whole = target.model if cut.experts is None else dense_from(target.model, cut)
+            model = cut_from(whole, layers, width=settings.intermediate_size)
         else:
             assert settings.checkpoint is not None
             folder = resolve_folder(settings.checkpoint)
@@ -182,15 +218,22 @@ class CausalLMDrafter(Drafter):
                 own, load_tokenizer(folder), drafter=settings.checkpoint, whose="target" if other is None else "recipe"
             )
             model = load_causal_lm(folder, attention=drafter_attention(target and target.model))
-        return cls._of(model, settings, other)
+        drafter = cls._of(model, settings, other)
+        if settings.input_mask_ratio:
+            drafter.input_mask = InputMask.of(model, settings, target=target, tokenizer=tokenizer)
+        return drafter
 
     @classmethod
     def sized(cls, settings: CausalLMSettings, *, target: Target, tokenizer: Any) -> Self:
-        """Return the drafter; of a checkpoint only config.json is read."""
-        if settings.checkpoint is None:
-            drafter = cls.create(settings, target=target, tokenizer=tokenizer)
+        """Return the drafter; of a checkpoint or a target only config.json is read."""
+        if settings.init == "scratch":
+            # Which token is the mask changes no size, and needs the tokenizer, which may not be there.
+            sizes = replace(settings, input_mask_ratio=0.0, mask_token_id=None)
+            drafter = cls.create(sizes, target=target, tokenizer=tokenizer)
         else:
-            config, _ = read_sizes(settings.checkpoint)
+            config = (
+                sized_cut(target.model, settings) if settings.checkpoint is None else read_sizes(settings.checkpoint)[0]
+            )
             drafter = cls._of(sized_model(config, "float32", attention=drafter_attention(target.model)), settings)
         assume_plain(drafter.model)
         return drafter
@@ -235,7 +278,11 @@ class CausalLMDrafter(Drafter):
             probe(self.model)
             drops = self.training and self.lora.settings.dropout
             self.lora.draw(as_read(self.model, batch.seed_BT, batch.positions_BT) if drops else None)
-        return self._of_target_ids(batch) if self.other is None else self._from_own_text(batch, self.other)
+        if self.other is not None:
+            return self._from_own_text(batch, self.other)
+        if self.input_mask is not None and self.training:
+            batch = self.input_mask.on(batch)
+        return self._of_target_ids(batch)
 
     def _of_target_ids(self, batch: DraftBatch) -> DraftOutput:
         states_BTD, _ = document_states(
@@ -322,6 +369,14 @@ class CausalLMDrafter(Drafter):
         return cls(model, other=other)
 
 
+def sized_cut(model: Any, settings: CausalLMSettings) -> Any:
+    """Return the configuration of a drafter that is cut from a target; the layers that texts choose have the sizes of others."""
+    total = len(blocks(model))
+    layers = settings.cut.any_choice().layer_numbers(total, settings.num_layers)
+    config = model.config if settings.cut.experts is None else dense_config(model, settings.cut)
+    return cut_config(config, layers, total=total, width=settings.intermediate_size)
+
+
 def _head_rows(target: Target | None, *, width: int) -> Tensor:
     if target is None:
         raise CheckpointError("drafter.embedding_init is 'target' but target.model is null: there is no target")
@@ -333,35 +388,3 @@ def rows_problem(rows: int, num_tokens: int, *, whose: str = "the target's") -> 
     if rows >= num_tokens:
         return None
     return f"vocab_size is {rows}, {whose} tokenizer has {num_tokens} tokens: the last ones have no row"
-
-
-def default_width(hidden_size: int) -> int:
-    """Return the feed-forward width of a drafter from scratch for which none is given."""
-    return 8 * round(hidden_size / 3)
-
-
-def from_scratch(settings: CausalLMSettings, *, vocab_size: int, num_positions: int | None, tokenizer: Any) -> Any:
-    """Return a random Llama of the size that the settings give.
-
-    Args:
-        num_positions: The target's: engines stop drafting at the drafter's own limit. None: the tokenizer's, if it has one.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    num_positions = num_positions or int(min(tokenizer.model_max_length, UNLIMITED_POSITIONS))
-    width = settings.intermediate_size or default_width(settings.hidden_size)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=settings.hidden_size,
-        intermediate_size=width,
-        num_hidden_layers=settings.num_layers,
-        num_attention_heads=settings.num_heads,
-        num_key_value_heads=settings.num_kv_heads or settings.num_heads,
-        head_dim=settings.hidden_size // settings.num_heads,
-        max_position_embeddings=num_positions,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=end_of_text_id(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)

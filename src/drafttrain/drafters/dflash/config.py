@@ -11,11 +11,11 @@ from typing import Any
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.printable import shown
-from drafttrain.drafters.dflash.mask_token import mask_token_of
 from drafttrain.drafters.dflash.settings import BlockSettings
 from drafttrain.drafters.draft_vocabulary import size_for
 from drafttrain.drafters.eagle.folder import read_config
 from drafttrain.drafters.eagle.layer_config import layer_config
+from drafttrain.drafters.mask_token import mask_token_of
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
 

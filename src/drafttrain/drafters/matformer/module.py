@@ -18,7 +18,8 @@ from drafttrain.core.batches import Beside, DraftBatch, DraftOutput
 from drafttrain.core.flops import BatchShape, Products, matrix
 from drafttrain.core.settings import setting
 from drafttrain.drafters import drafters
-from drafttrain.drafters.causal_lm.module import CausalLMDrafter, CausalLMSettings, default_width
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter, CausalLMSettings
+from drafttrain.drafters.causal_lm.scratch import default_width
 from drafttrain.drafters.recomputing import run_part
 from drafttrain.losses.forward_kl import ForwardKL, ForwardKLSettings
 from drafttrain.target_model import Target

@@ -20,11 +20,11 @@ from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.target_rows import RowsAsked
 from drafttrain.core.weights import Weights, weights_of
 from drafttrain.drafters import drafters
-from drafttrain.drafters.dflash.mask_token import mask_token_of
 from drafttrain.drafters.eagle.eagle3 import Eagle3Drafter, fusion_config
 from drafttrain.drafters.eagle.layer import EagleLayer, compute_dtype
 from drafttrain.drafters.eagle.layer_config import llama_config
 from drafttrain.drafters.eagle.target_parts import TargetParts
+from drafttrain.drafters.mask_token import mask_token_of
 from drafttrain.drafters.p_eagle.proposer import PEagleProposer
 from drafttrain.drafters.p_eagle.settings import OWN, OWN_EMBEDDING, PEagleSettings, field_problems
 from drafttrain.drafters.p_eagle.slots import MaskSlots

@@ -12,6 +12,7 @@ from drafttrain.core.proposals import Budget, Context, DraftStep, Verdict
 from drafttrain.core.settings import setting
 from drafttrain.eval.length import LengthSettings, length_policies
 from drafttrain.eval.length.predicted_acceptance import chances_of, predicted
+from drafttrain.eval.recalibrated import CALIBRATION_HELP, CONFIDENCE_HEAD, Recalibration
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,7 @@ class BatchScheduleSettings(LengthSettings):
         ge=1,
     )
     max_tokens: int = setting(16, help="Draft tokens per round and sequence at most.", ge=1)
+    calibration: str | None = setting(None, help=CALIBRATION_HELP)
     reads_confidence: ClassVar[bool] = True
 
 
@@ -46,8 +48,11 @@ class BatchSchedule:
     Source: DSpark, DeepSeek-AI 2026, DeepSpec repository, DSpark_paper.pdf.
     """
 
+    confidence: ClassVar[str] = CONFIDENCE_HEAD
+
     def __init__(self, settings: BatchScheduleSettings | None = None) -> None:
         self.settings = settings or BatchScheduleSettings()
+        self._recalibration = Recalibration(self.settings.calibration, of=self.confidence)
         self._predicted: dict[int, list[Tensor]] = {}
         """By sequence, the logits of the predicted acceptance of the draft tokens of this round."""
 
@@ -58,10 +63,16 @@ class BatchSchedule:
         self._predicted.setdefault(step.sequence, []).append(predicted(step))
         return True
 
+    def noted(self, step: DraftStep) -> tuple[int, float]:
+        """Return (depth, the predicted chance) of the next token."""
+        (chance,) = chances_of([predicted(step)])
+        return step.depth, chance
+
     def schedule(self, num_sequences: int) -> list[int]:
         """Return how many draft tokens of each sequence are verified. The device is read once for all."""
         drafted, self._predicted = self._predicted, {}
-        chances = iter(chances_of([score for scores in drafted.values() for score in scores]))
+        scores_of_all = [score for scores in drafted.values() for score in scores]
+        chances = iter(self._recalibration.each(chances_of(scores_of_all)))
         survival = {number: [next(chances) for _ in scores] for number, scores in drafted.items()}
         survivals = [list(accumulate(survival.get(number, ()), mul)) for number in range(num_sequences)]
         return self.lengths(survivals)

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from drafttrain.core.proposals import Budget, Context, DraftStep, More, Verdict
 from drafttrain.core.settings import setting
 from drafttrain.eval.length import LengthSettings, length_policies
+from drafttrain.eval.recalibrated import ACCEPTANCE_HEAD, CALIBRATION_HELP
 from drafttrain.eval.survival import Survival
 
 
@@ -19,6 +21,7 @@ class CumulativeRejectSettings(LengthSettings):
     min_tokens: int = setting(1, help="Draft tokens per round at least.", ge=1)
     max_tokens: int = setting(16, help="Draft tokens per round at most.", ge=1)
     head: str | None = setting(None, help="Folder of an acceptance head; null: the head that this recipe trains.")
+    calibration: str | None = setting(None, help=CALIBRATION_HELP)
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
@@ -37,10 +40,16 @@ class CumulativeReject:
     def __init__(self, settings: CumulativeRejectSettings) -> None:
         self.settings = settings
 
+    confidence: ClassVar[str] = ACCEPTANCE_HEAD
+
     @cached_property
     def survival(self) -> Survival:
         """The running product; the head is loaded at its first use."""
-        return Survival.of_folder(self.settings.head)
+        return Survival.of_folder(self.settings.head, self.settings.calibration)
+
+    def noted(self, step: DraftStep) -> tuple[int, float] | None:
+        """Return (depth, the head's prediction) of the newest token."""
+        return self.survival.noted(step)
 
     def budget(self, context: Context) -> Budget:
         return Budget(nodes=self.settings.max_tokens, depth=self.settings.max_tokens, states=True)

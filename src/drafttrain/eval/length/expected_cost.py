@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from drafttrain.core.generations import ForwardEvent, Generation
 from drafttrain.core.proposals import Budget, Context, DraftStep, More, Verdict
 from drafttrain.core.reduce import Rate
 from drafttrain.core.settings import setting
 from drafttrain.eval.length import LengthSettings, length_policies
+from drafttrain.eval.recalibrated import ACCEPTANCE_HEAD, CALIBRATION_HELP
 from drafttrain.eval.survival import Survival
 
 
@@ -25,6 +27,7 @@ class ExpectedCostSettings(LengthSettings):
     target_cost: float | None = setting(None, help="Cost of one verifying call, in the same unit.", gt=0)
     max_tokens: int = setting(16, help="Draft tokens per round at most.", ge=1)
     head: str | None = setting(None, help="Folder of an acceptance head; null: the head that this recipe trains.")
+    calibration: str | None = setting(None, help=CALIBRATION_HELP)
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
@@ -54,10 +57,12 @@ class ExpectedCost:
         self._yield = Rate()
         """Tokens and cost of all rounds so far."""
 
+    confidence: ClassVar[str] = ACCEPTANCE_HEAD
+
     @cached_property
     def survival(self) -> Survival:
         """The running product; the head is loaded at its first use."""
-        return Survival.of_folder(self.settings.head)
+        return Survival.of_folder(self.settings.head, self.settings.calibration)
 
     def calibrate(self, generations: Sequence[Generation], events: Sequence[ForwardEvent] = ()) -> None:
         """Take the costs from measured rounds, unless the settings give them; forget the rounds so far.
@@ -72,6 +77,10 @@ class ExpectedCost:
             if drafted:
                 self.draft_cost = sum(generation.draft_seconds for generation in generations) / drafted
                 self.target_cost = sum(generation.verify_seconds for generation in generations) / len(rounds)
+
+    def noted(self, step: DraftStep) -> tuple[int, float] | None:
+        """Return (depth, the head's prediction) of the newest token."""
+        return self.survival.noted(step)
 
     def budget(self, context: Context) -> Budget:
         return Budget(nodes=self.settings.max_tokens, depth=self.settings.max_tokens, states=True)

@@ -11,6 +11,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.proposals import Budget, Context, DraftStep, Verdict
 from drafttrain.core.settings import setting
 from drafttrain.eval.length import LengthSettings, length_policies
+from drafttrain.eval.recalibrated import CALIBRATION_HELP, CONFIDENCE_HEAD, Recalibration
 
 
 @dataclass
@@ -26,6 +27,7 @@ class PredictedAcceptanceSettings(LengthSettings):
     )
     min_tokens: int = setting(1, help="Draft tokens per round at least.", ge=0)
     max_tokens: int = setting(16, help="Draft tokens per round at most.", ge=1)
+    calibration: str | None = setting(None, help=CALIBRATION_HELP)
     reads_confidence: ClassVar[bool] = True
 
     def check(self) -> list[str]:
@@ -42,8 +44,11 @@ class PredictedAcceptance:
     Source: DSpark, DeepSeek-AI 2026, DeepSpec repository, DSpark_paper.pdf.
     """
 
+    confidence: ClassVar[str] = CONFIDENCE_HEAD
+
     def __init__(self, settings: PredictedAcceptanceSettings | None = None) -> None:
         self.settings = settings or PredictedAcceptanceSettings()
+        self._recalibration = Recalibration(self.settings.calibration, of=self.confidence)
         self._passed: dict[int, float] = {}
         """By sequence, the predicted chance that all tokens drafted so far are accepted."""
 
@@ -51,11 +56,16 @@ class PredictedAcceptance:
         return Budget(nodes=self.settings.max_tokens, depth=self.settings.max_tokens)
 
     def more(self, step: DraftStep) -> bool:
-        (chance,) = chances_of([predicted(step)])
+        (chance,) = self._recalibration.each(chances_of([predicted(step)]))
         if self.settings.of == "prefix":
             chance *= 1.0 if step.depth == 1 else self._passed[step.sequence]
             self._passed[step.sequence] = chance
         return step.depth <= self.settings.min_tokens or chance >= self.settings.threshold
+
+    def noted(self, step: DraftStep) -> tuple[int, float]:
+        """Return (depth, the predicted chance) of the next token."""
+        (chance,) = chances_of([predicted(step)])
+        return step.depth, chance
 
     def observe(self, verdict: Verdict) -> None:
         pass
