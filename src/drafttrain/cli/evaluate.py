@@ -1,7 +1,7 @@
-"""`eval`, `compare` and `calibrate`: exported drafters on their target."""
+"""`eval`, `compare`, `calibrate` and `long-prompt`: exported drafters on their target."""
 
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Annotated
 
 import typer
@@ -28,6 +28,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(name="eval")(evaluate)
     app.command()(compare)
     app.command()(calibrate)
+    app.command(name="long-prompt")(long_prompt)
 
 
 def evaluate(
@@ -68,10 +69,10 @@ def evaluate(
         named, overrides = names_and_overrides(what)
         if len(named) == 1 and target is None and out is None and is_recipe(named[0]):
             loaded, run_folder = recipe_and_run_folder(named[0], overrides, smoke=smoke, runs=runs)
-            _command("evaluate").evaluate_recipe(loaded, run_folder)
+            _commands().evaluate.evaluate_recipe(loaded, run_folder)
             return
         _check_drafter(named, smoke=smoke)
-        _command("evaluate").evaluate_drafter(named[0], target, overrides, out=out)
+        _commands().evaluate.evaluate_drafter(named[0], target, overrides, out=out)
 
 
 def compare(
@@ -111,7 +112,7 @@ def compare(
     with exit_codes(debug=debug):
         only_first_process()
         named, overrides = names_and_overrides(drafters)
-        _command("evaluate").compare_drafters(named, target, overrides, prompts=prompts, out=out, answers=answers)
+        _commands().evaluate.compare_drafters(named, target, overrides, prompts=prompts, out=out, answers=answers)
 
 
 def calibrate(
@@ -151,14 +152,66 @@ def calibrate(
             problems.append(f"--temperature: a number of 0 or more, got {temperature:g}")
         if problems:
             raise RecipeError("arguments", problems)
-        _command("calibrate").calibrate(named[0], target, overrides, method=method, temperature=temperature, out=out)
+        _commands().calibrate.calibrate(named[0], target, overrides, method=method, temperature=temperature, out=out)
 
 
-def _command(name: str) -> ModuleType:
+def long_prompt(
+    drafter: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DRAFTER [SECTION.KEY=VALUE]...",
+            help="A language model that drafts: a folder, a hub id or builtin:drafter. Overrides: eval.key=value, target.key=value, "
+            "'long_prompt.choices=[{kind: speckv}]' (docs/long_prompts.md).",
+            show_default=False,
+        ),
+    ],
+    keep: Annotated[
+        str, typer.Option("--keep", metavar="AMOUNTS", help="Of each prompt: tokens, such as 256,1024, or shares.")
+    ] = "12%,25%,50%,75%,100%",
+    target: Target = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="FILE", help="Prompts, read whole. Default: eval.prompts."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder of long_prompt.json and long_prompt.png.")
+    ] = RUNS / "long-prompt",
+    debug: Debug = False,
+) -> None:
+    """Measure what the target loses if it keeps only the part of a prompt that a drafter chooses (SpecKV, SpecPC). LOSSY."""
+    with exit_codes(debug=debug):
+        only_first_process()
+        named, overrides = names_and_overrides(drafter)
+        problems = [] if len(named) == 1 else [f"give one drafter, got {len(named)} names"]
+        if prompts is not None and any(override.startswith("eval.prompts=") for override in overrides):
+            problems.append("--prompts and eval.prompts both name prompts: remove one")
+        numbers = _amounts(keep, problems)
+        if problems:
+            raise RecipeError("arguments", problems)
+        command = _commands().long_prompt
+        amounts = [command.Amount(tokens=tokens, share=share) for tokens, share in numbers]
+        command.measure_long_prompts(named[0], target, overrides, amounts=amounts, prompts=prompts, out=out)
+
+
+def _amounts(text: str, problems: list[str]) -> list[tuple[int | None, float | None]]:
+    """Return (tokens, None) or (None, share) for each amount of `256,50%`; wrong ones are added to the problems."""
+    found: list[tuple[int | None, float | None]] = []
+    for word in text.split(","):
+        digits, percent, rest = word.strip().partition("%")
+        if not digits.isdecimal() or rest or not 0 < int(digits) <= (100 if percent else int(digits)):
+            problems.append(f"--keep: tokens above 0, such as 256, or shares up to 100%, got {word!r}")
+        else:
+            found.append((None, int(digits) / 100) if percent else (int(digits), None))
+    if len(set(found)) < len(found):
+        problems.append(f"--keep: each amount once, got {text!r}")
+    return found
+
+
+def _commands() -> SimpleNamespace:
     # At the head of the file this would load torch for `drafttrain --help`.
-    from drafttrain.commands import calibrate, evaluate
+    from drafttrain.commands import calibrate, evaluate, long_prompt
 
-    return {"calibrate": calibrate, "evaluate": evaluate}[name]
+    return SimpleNamespace(calibrate=calibrate, evaluate=evaluate, long_prompt=long_prompt)
 
 
 def _check_drafter(named: list[str], *, smoke: bool) -> None:

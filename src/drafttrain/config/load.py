@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, make_dataclass
 from functools import cache
 from pathlib import Path
@@ -72,10 +72,19 @@ def read_recipe(text: str, overrides: Sequence[str] = (), *, source: str, of_run
     return _checked(Recipe, root, problems, source=source)
 
 
-def load_sections(sections: Sequence[str], overrides: Sequence[str], *, source: str = "arguments") -> list[Any]:
+def load_sections(
+    sections: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    also: Mapping[str, type] | None = None,
+    source: str = "arguments",
+) -> list[Any]:
     """Return sections built from defaults and overrides (`eval.temperatures=[1]`), without a recipe.
 
     `plugins=[my_lab.hydra]` imports plugins first, as in a recipe.
+
+    Args:
+        also: The settings of sections that recipes do not have, by name.
 
     Raises:
         RecipeError: With every problem of the overrides.
@@ -89,9 +98,9 @@ def load_sections(sections: Sequence[str], overrides: Sequence[str], *, source: 
         if name not in sections:
             problems.append(Problem(child.where, f"{name}: only these can be given here: {allowed}"))
     empty = Node({}, "")
-    wanted = fields_of(Recipe)
+    wanted = {name: field.hint for name, field in fields_of(Recipe).items()} | dict(also or {})
     return [
-        _checked(wanted[section].hint, root.value.get(section, empty), problems, source=source, path=section)
+        _checked(wanted[section], root.value.get(section, empty), problems, source=source, path=section)
         for section in sections
     ]
 

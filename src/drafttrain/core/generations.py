@@ -41,6 +41,12 @@ class ForwardShape:
             head_rows=head_rows,
         )
 
+    @property
+    def plain(self) -> ForwardShape:
+        """The shape of plain decoding on these sequences: one token of each."""
+        one = self.num_sequences
+        return replace(self, num_tokens=one, pairs=self.context + one, head_rows=one)
+
 
 @dataclass(frozen=True)
 class Work:

@@ -35,6 +35,13 @@ from drafttrain.target_model.cached_lm import CachedLM
 
 RoundListener = Callable[[Context, Round], None]
 """Is called after every round of a sequence; the context contains the tokens of that round."""
+Prefill = Callable[[CachedLM, Sequence[Prompt], TargetNeeds], list[TargetOutput]]
+"""Reads prompts without their last tokens, and decides what of them stays in the cache."""
+
+
+def whole_prompts(lm: CachedLM, prompts: Sequence[Prompt], needs: TargetNeeds) -> list[TargetOutput]:
+    """Read prompts, and keep all of them."""
+    return lm.begin([prompt.tokens[:-1] for prompt in prompts], needs=needs)
 
 
 @dataclass
@@ -67,6 +74,7 @@ class Engine:
         max_new_tokens: Most new tokens per prompt; no round drafts past them.
         seed: Every prompt has its own random streams for drafting and for verdicts, named by (seed, prompt id).
         stop_tokens: Tokens that end a text; None: the target's own.
+        prefill: How the target reads prompts. Outputs are the target's only if it keeps all of them.
     """
 
     def __init__(
@@ -81,6 +89,7 @@ class Engine:
         seed: int = 0,
         listener: ForwardListener | None = None,
         stop_tokens: Sequence[int] | None = None,
+        prefill: Prefill = whole_prompts,
     ) -> None:
         self.proposer = proposer
         self.rule = rule
@@ -93,6 +102,7 @@ class Engine:
             proposer.share(self._lm)
         self._stop_tokens = frozenset(target.eos_token_ids if stop_tokens is None else stop_tokens)
         self._num_tokens = target.num_tokens
+        self._prefill = prefill
         self._clock = _Clock(self._lm.device)
 
     @torch.no_grad()
@@ -108,7 +118,7 @@ class Engine:
         sequences = [self._sequence(prompt) for prompt in prompts]
         self._clock = _Clock(self._lm.device)
         with self._clock.phase("prefill_seconds", sequences):
-            seen = self._lm.begin([prompt.tokens[:-1] for prompt in prompts], needs=self.proposer.needs)
+            seen = self._prefill(self._lm, prompts, self.proposer.needs)
             self.proposer.begin([sequence.context for sequence in sequences], seen)
         live = sequences
         while live:

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from drafttrain.core.device_time import Span
 from drafttrain.core.errors import CheckpointError
@@ -28,11 +26,11 @@ from drafttrain.target_model.grouped_attention import GroupedAttention
 from drafttrain.target_model.model_weights import ModelWeights
 from drafttrain.target_model.part import Part
 from drafttrain.target_model.positions import position_limit
-from drafttrain.target_model.ragged_cache import RaggedCache, Tree
+from drafttrain.target_model.ragged_cache import RaggedCache, Tree, additive_mask, padded_rows
 from drafttrain.target_model.rolling_back import refuse_states_that_cannot_roll_back, window_of
 from drafttrain.target_model.rows_beside import RowsBeside, read_with_rows
 from drafttrain.target_model.sublayers import Skipped, Sublayers
-from drafttrain.target_model.two_parts import is_same_in_two_parts
+from drafttrain.target_model.two_parts import refuse_if_not_same_in_two_parts
 
 MASKED_ATTENTION = ("sdpa", "eager")
 
@@ -103,17 +101,9 @@ class CachedLM:
         self.split = layer
         listener, self.listener = self.listener, None
         try:
-            same = is_same_in_two_parts(self, takes_positions=self._takes_positions)
-        except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, CheckpointError) as error:
-            raise CheckpointError(
-                f"{self.name}: {type(self.model).__name__} cannot be run in two parts at block {layer}: {error}"
-            ) from error
+            refuse_if_not_same_in_two_parts(self, takes_positions=self._takes_positions)
         finally:
             self.listener = listener
-        if not same:
-            raise CheckpointError(
-                f"{self.name}: {type(self.model).__name__} gives other logits when it is run in two parts at block {layer}"
-            )
 
     def move_split(self, layer: int) -> None:
         """Between rounds, split at another block that `split_at` has tried. No key or value is copied."""
@@ -122,12 +112,19 @@ class CachedLM:
         self._first_cache.manage(slice(layer))
         self.cache.manage(slice(layer, None))
 
-    def begin(self, prompts: Sequence[Sequence[int]], *, needs: TargetNeeds | None = None) -> list[TargetOutput]:
-        """Empty the cache and read these prompts in one call. Prompts may be empty."""
-        self.cache = RaggedCache(len(prompts))
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        needs: TargetNeeds | None = None,
+        positions: Sequence[Sequence[int]] | None = None,
+    ) -> list[TargetOutput]:
+        """Empty the cache and read these prompts in one call. Prompts may be empty; `positions` are those of `RaggedCache`."""
+        made = partial(RaggedCache, len(prompts), positions=positions)
+        self.cache = made()
         if self.split is not None:
-            self._first_cache = RaggedCache(len(prompts), layers=slice(self.split))
-            self.cache = RaggedCache(len(prompts), layers=slice(self.split, None), after=self._first_cache.hf)
+            self._first_cache = made(layers=slice(self.split))
+            self.cache = made(layers=slice(self.split, None), after=self._first_cache.hf)
         seen = self.forward(prompts, needs=needs or TargetNeeds(), prefill=True)
         for cache in self._caches():
             cache.commit()
@@ -212,6 +209,18 @@ class CachedLM:
         )
         return self._read(tokens, parents=parents, needs=needs or TargetNeeds(logits=True), part=part)
 
+    def read_again(
+        self, tokens: Sequence[Sequence[int]], *, visible: Sequence[int], within: AbstractContextManager[None]
+    ) -> None:
+        """Run the blocks on tokens after the first kept ones, within a context; the model's own cache stays as it is.
+
+        Args:
+            visible: By sequence, the first cached tokens that the new ones follow and attend to.
+        """
+        beside = self.cache.beside(visible=visible)
+        part = Part(f"{self.name} again", caches=[beside], context=within, num_layers=self._num_layers)
+        self._read(tokens, parents=None, needs=TargetNeeds(), part=part)
+
     def read_last_blocks(
         self, entering: Sequence[Tensor | None], *, running: range, needs: TargetNeeds
     ) -> list[TargetOutput]:
@@ -254,6 +263,11 @@ class CachedLM:
         """Keep only the first tokens of each sequence, also of those that were kept before; all pending ones form chains."""
         for cache in self._caches():
             cache.cut(lengths)
+
+    def reduce(self, columns: Sequence[Sequence[Tensor]]) -> None:
+        """Keep only some keys and values of every head, by layer and sequence: see `RaggedCache.reduce`."""
+        for cache in self._caches():
+            cache.reduce(columns[cache.managed])
 
     def drop(self, keep: Sequence[int]) -> None:
         """Keep only these sequences, in this order. The others are finished."""
@@ -366,34 +380,21 @@ class CachedLM:
         return positions_BN
 
     def _mask(self, cache: RaggedCache, trees: Sequence[Tree | None], width: int) -> Tensor | None:
-        """Return the additive mask; None: the model's own causal mask is right."""
+        """Return the additive mask; None: the model's own causal mask is right. Trees and ragged batches need one."""
         allowed_BNC = cache.allowed(trees, width=width)
         if allowed_BNC is None:
             return None
-        self._check_mask(allowed_BNC.shape[-1])
-        dtype, allowed_BNC = self.model.dtype, allowed_BNC.to(self.device)
-        mask_BNC = torch.zeros(allowed_BNC.shape, dtype=dtype, device=self.device)
-        return mask_BNC.masked_fill_(~allowed_BNC, torch.finfo(dtype).min)[:, None]
-
-    def _check_mask(self, columns: int) -> None:
-        """Refuse trees and ragged batches if the model does not accept custom masks."""
-        if why := self.why_one_at_a_time(columns):
+        if why := self.why_one_at_a_time(allowed_BNC.shape[-1]):
             raise CheckpointError(f"{self.name}: {why}: decode one sequence at a time, in chains")
+        return additive_mask(allowed_BNC.to(self.device), self.model.dtype)
 
     def _event(self, shape: ForwardShape, part: Part, *, prefill: bool, span: Span) -> ForwardEvent:
         cached, of_all = (sum(cache.bytes_per_token() for cache in some) for some in (part.caches, self._caches()))
-        one = shape.num_sequences
-        plain = replace(shape, num_tokens=one, pairs=shape.context + one, head_rows=one)
         return ForwardEvent(
             model=part.name,
             shape=shape,
             work=self._weights.work(shape, cache_bytes=cached, blocks=part.running, without=part.without),
             span=span,
             prefill=prefill,
-            plain_bytes=self._weights.work(plain, cache_bytes=of_all).bytes_read,
+            plain_bytes=self._weights.work(shape.plain, cache_bytes=of_all).bytes_read,
         )
-
-
-def padded_rows(rows: Sequence[Tensor], width: int) -> Tensor:
-    """Return the rows_ND of all sequences as a padded batch."""
-    return torch.stack([pad(row_ND, (0, 0, 0, width - len(row_ND))) for row_ND in rows])

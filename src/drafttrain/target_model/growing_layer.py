@@ -74,6 +74,18 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             index = columns_BW[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
             states.narrow(2, first, columns_BW.shape[1]).copy_(states.gather(2, index))
 
+    def select_by_head(self, columns_BGW: Tensor) -> None:
+        """Keep only these columns of every sequence and head, in order."""
+        columns = columns_BGW.shape[2]
+        for index, states in enumerate(self._taken):
+            kept = states.new_zeros(*states.shape[:2], _whole(columns), states.shape[3])
+            kept.narrow(2, 0, columns).copy_(
+                states.gather(2, columns_BGW[..., None].expand(-1, -1, -1, states.shape[3]))
+            )
+            self._taken[index] = kept
+            self.show(0)
+        self.show(columns)
+
     def select(self, rows_B: Tensor, columns_BW: Tensor) -> None:
         """Keep only these sequences and these columns of each, in order."""
         columns = columns_BW.shape[1]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.target_model.growing_layer import GrowingCache
@@ -46,6 +47,17 @@ def ancestors(parents: Tree) -> Tensor:
     return allowed_NN
 
 
+def padded_rows(rows: Sequence[Tensor], width: int) -> Tensor:
+    """Return the rows_ND of all sequences as a padded batch."""
+    return torch.stack([pad(row_ND, (0, 0, 0, width - len(row_ND))) for row_ND in rows])
+
+
+def additive_mask(allowed_BNC: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return mask_B1NC: 0 where a node may attend, else the lowest number of this type."""
+    mask_BNC = torch.zeros(allowed_BNC.shape, dtype=dtype, device=allowed_BNC.device)
+    return mask_BNC.masked_fill_(~allowed_BNC, torch.finfo(dtype).min)[:, None]
+
+
 class RaggedCache:
     """The cached tokens of B sequences. Tokens read since the last `keep` are pending.
 
@@ -55,11 +67,22 @@ class RaggedCache:
     Args:
         layers: The layers it manages, if a model's blocks do not all read their tokens in the same calls.
         after: The Hugging Face cache with the layers before those.
+        positions: By sequence, the positions of its first tokens; the last one given counts on: a token more than there are tokens
+            to read says where the texts continue. None: 0, 1, 2, ...
     """
 
-    def __init__(self, num_sequences: int, *, layers: slice = slice(None), after: GrowingCache | None = None) -> None:
+    def __init__(
+        self,
+        num_sequences: int,
+        *,
+        layers: slice = slice(None),
+        after: GrowingCache | None = None,
+        positions: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        self._given: list[Sequence[int]] = [()] * num_sequences if positions is None else list(positions)
         self.hf = GrowingCache() if after is None else GrowingCache(after.layers, first=layers.start)
-        self._managed = layers
+        self.managed = layers
+        """The layers that it manages."""
         self.lengths = [0] * num_sequences
         """Cached tokens by sequence, including pending ones."""
         self.kept = [0] * num_sequences
@@ -90,7 +113,7 @@ class RaggedCache:
             if tree is not None:
                 before = self._before(row)
                 own = [self.kept[row] + depth for depth in depths([*before, *tree])[len(before) :]]
-            rows.append([*own, *[0] * (width - size)])
+            rows.append([*(self._position(row, place) for place in own), *[0] * (width - size)])
         return torch.tensor(rows)
 
     def allowed(self, trees: Sequence[Tree | None], *, width: int) -> Tensor | None:
@@ -148,6 +171,7 @@ class RaggedCache:
         """Keep only these sequences, in this order; nothing may be pending."""
         assert self.lengths == self.kept, "keep or drop the pending tokens before sequences are dropped"
         self.lengths = [self.lengths[i] for i in sequences]
+        self._given = [self._given[i] for i in sequences]
         self.kept = list(self.lengths)
         width = max(self.lengths, default=0)
         rows_B = torch.tensor(list(sequences), dtype=torch.long)
@@ -176,7 +200,7 @@ class RaggedCache:
             layers: Those that calls read.
         """
         assert self.lengths == self.kept, "keep or drop the pending tokens first"
-        cache = RaggedCache(len(self.lengths), layers=layers)
+        cache = RaggedCache(len(self.lengths), layers=layers, positions=self._given)
         cache.hf = self.hf.beside(without)
         cache.lengths = list(self.lengths if visible is None else visible)
         cache.kept, cache.columns = list(cache.lengths), self.columns
@@ -186,10 +210,40 @@ class RaggedCache:
             cache._real_BC = self._real() & (places_BC <= torch.tensor(cache.lengths)[:, None])
         return cache
 
+    def reduce(self, columns: Sequence[Sequence[Tensor]]) -> None:
+        """Keep only some keys and values of every head; nothing may be pending. Positions of later tokens stay as they are.
+
+        Args:
+            columns: By managed layer and sequence, columns_GW: the cached tokens that each key-value head keeps, ascending. All heads
+                and layers keep the same number of a sequence's tokens.
+
+        Raises:
+            CheckpointError: The model has layers without keys and values of their own.
+        """
+        assert self.lengths == self.kept, "keep or drop the pending tokens first"
+        layers = self._layers()
+        if len(layers) != len(columns):
+            raise CheckpointError(
+                f"{len(columns) - len(layers)} of {len(columns)} layers read the keys of others: parts of a cache cannot be kept"
+            )
+        counts = [own_GW.shape[1] for own_GW in columns[0]]
+        for layer, own in zip(layers, columns, strict=True):
+            columns_BGW = torch.stack([pad(own_GW, (0, max(counts) - own_GW.shape[1])) for own_GW in own])
+            layer.select_by_head(columns_BGW.to(layer.device))
+        ends = [self._position(row, length) for row, length in enumerate(self.lengths)]
+        self._given = [range(end - count, end + 1) for end, count in zip(ends, counts, strict=True)]
+        self.lengths, self.kept = list(counts), list(counts)
+        self._fit(max(counts))
+
     def manage(self, layers: slice) -> None:
         """Manage other layers, which have the same tokens; nothing may be pending."""
         assert self.lengths == self.kept, "keep or drop the pending tokens first"
-        self._managed, self.hf.first = layers, layers.start or 0
+        self.managed, self.hf.first = layers, layers.start or 0
+
+    @property
+    def heads(self) -> list[int]:
+        """Key-value heads of each layer."""
+        return [layer.keys.shape[1] for layer in self._layers()]
 
     def bytes_per_token(self) -> int:
         """Return the bytes of one token of one sequence, over all layers; 0 before the first call."""
@@ -198,6 +252,11 @@ class RaggedCache:
             for layer in self._layers()
             for state in (layer.keys, layer.values)
         )
+
+    def _position(self, row: int, place: int) -> int:
+        """Return the position of a sequence's token, counted from its first one."""
+        given = self._given[row]
+        return given[place] if place < len(given) else place + (given[-1] + 1 - len(given) if given else 0)
 
     def _gather(self, nodes: Sequence[Sequence[int]], *, width: int) -> None:
         """Move the chosen pending tokens of every row to the left, directly after the kept ones."""
@@ -240,7 +299,7 @@ class RaggedCache:
 
     def _layers(self) -> list[Any]:
         """Return the managed layers with states; a layer that shares another's states has none."""
-        layers: list[Any] = list(self.hf.layers)[self._managed]
+        layers: list[Any] = list(self.hf.layers)[self.managed]
         return [layer for layer in layers if layer.is_initialized]
 
     def _check_layers(self, width: int) -> None:

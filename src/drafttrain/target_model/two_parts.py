@@ -13,6 +13,24 @@ PARTS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-
 """Largest differences, relative to the largest logit, that the rounding of two calls explains."""
 
 
+def refuse_if_not_same_in_two_parts(lm: Any, *, takes_positions: bool) -> None:
+    """Refuse a model whose outputs change when its first blocks run on their own.
+
+    Args:
+        lm: A `CachedLM` that is split; its cache is emptied.
+
+    Raises:
+        CheckpointError: They change, or it cannot be run in two parts.
+    """
+    what = f"{lm.name}: {type(lm.model).__name__}"
+    try:
+        same = is_same_in_two_parts(lm, takes_positions=takes_positions)
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, CheckpointError) as error:
+        raise CheckpointError(f"{what} cannot be run in two parts at block {lm.split}: {error}") from error
+    if not same:
+        raise CheckpointError(f"{what} gives other logits when it is run in two parts at block {lm.split}")
+
+
 def is_same_in_two_parts(lm: Any, *, takes_positions: bool) -> bool:
     """Return whether running the first blocks token by token, then the others at once, gives the logits of one call.
 

@@ -6,7 +6,6 @@ B = sequences, N = new tokens of one call (the longest sequence's), C = columns 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.drafters.decoding_layer import DecodingAttention, DecodingSwiGLU, Turn, TurnTable, attend
 from drafttrain.drafters.few_rows import product_with
 from drafttrain.drafters.keys_and_values import KeysAndValues
-from drafttrain.target_model.cached_lm import CachedLM, padded_rows
+from drafttrain.target_model.cached_lm import CachedLM
 from drafttrain.target_model.model_weights import ModelWeights
-from drafttrain.target_model.ragged_cache import Tree, ancestors, depths
+from drafttrain.target_model.ragged_cache import Tree, ancestors, depths, padded_rows
 
 PLAIN_MODELS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 FIXED_ANGLES = ("default", "linear", "yarn", "llama3")
@@ -257,15 +256,13 @@ class DecodingLM:
 
     def _event(self, shape: ForwardShape, *, prefill: bool, span: Span) -> ForwardEvent:
         cached = sum(layer.columns.bytes_per_column() for layer in self._layers)
-        one = shape.num_sequences
-        plain = replace(shape, num_tokens=one, pairs=shape.context + one, head_rows=one)
         return ForwardEvent(
             model=self.name,
             shape=shape,
             work=self._weights.work(shape, cache_bytes=cached, blocks=self.running),
             span=span,
             prefill=prefill,
-            plain_bytes=self._weights.work(plain, cache_bytes=cached).bytes_read,
+            plain_bytes=self._weights.work(shape.plain, cache_bytes=cached).bytes_read,
         )
 
 
