@@ -1,4 +1,4 @@
-"""`eval` and `compare`: exported drafters on their target."""
+"""`eval` and `compare`: exported drafters on their target. `cascade`: a small model that writes a part of the text."""
 
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,7 @@ def add_to(app: typer.Typer) -> None:
     """Add the commands of this file."""
     app.command(name="eval")(evaluate)
     app.command()(compare)
+    app.command()(cascade)
 
 
 def evaluate(
@@ -67,10 +68,10 @@ def evaluate(
         named, overrides = names_and_overrides(what)
         if len(named) == 1 and target is None and out is None and is_recipe(named[0]):
             loaded, run_folder = recipe_and_run_folder(named[0], overrides, smoke=smoke, runs=runs)
-            _commands().evaluate_recipe(loaded, run_folder)
+            _commands()[0].evaluate_recipe(loaded, run_folder)
             return
         _check_drafter(named, smoke=smoke)
-        _commands().evaluate_drafter(named[0], target, overrides, out=out)
+        _commands()[0].evaluate_drafter(named[0], target, overrides, out=out)
 
 
 def compare(
@@ -110,14 +111,42 @@ def compare(
     with exit_codes(debug=debug):
         only_first_process()
         named, overrides = names_and_overrides(drafters)
-        _commands().compare_drafters(named, target, overrides, prompts=prompts, out=out, answers=answers)
+        _commands()[0].compare_drafters(named, target, overrides, prompts=prompts, out=out, answers=answers)
 
 
-def _commands() -> ModuleType:
+def cascade(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TARGET SMALL [SECTION.KEY=VALUE]...",
+            help="The large and the small model: folders, hub ids or builtin names; the small one may be a drafter of kind causal_lm. "
+            "Overrides: 'cascade.by={kind: entropy}', cascade.values=[0.5,1], eval.key=value, target.key=value.",
+            show_default=False,
+        ),
+    ],
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="FILE", help="Prompts (docs/data.md). Default: eval.prompts."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of cascade.json and frontier.png.")] = RUNS
+    / "cascade",
+    debug: Debug = False,
+) -> None:
+    """Let a small model write a part of the text, LOSSY: quality against cost, beside both models alone and random routing."""
+    with exit_codes(debug=debug):
+        named, overrides = names_and_overrides(models)
+        if len(named) != 2:
+            raise RecipeError("arguments", [f"give a target and a small model, got {len(named)} names"])
+        _, cascades = _commands()
+        cascades.cascade(*named, overrides, prompts=prompts, out=out)
+
+
+def _commands() -> tuple[ModuleType, ModuleType]:
+    """Return the commands of evaluations, and those of cascades."""
     # At the head of the file this would load torch for `drafttrain --help`.
-    from drafttrain.commands import evaluate
+    from drafttrain.commands import cascade, evaluate
 
-    return evaluate
+    return evaluate, cascade
 
 
 def _check_drafter(named: list[str], *, smoke: bool) -> None:
