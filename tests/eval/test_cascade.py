@@ -366,11 +366,11 @@ def test_a_step_that_is_taken_back_is_not_in_the_text_of_either_model(target, sm
 # ---------------------------------------------------------------- drafts inside
 
 
-@pytest.mark.parametrize("name", ["foreal", "spec_reason", "random"])
-def test_drafts_for_the_large_model_change_no_greedy_token(target, name):
+@pytest.mark.parametrize("settings", [RandomSettings(0.5, 8), ForealSettings(0.5, 8, MARKS), BETWEEN["spec_reason"]])
+def test_drafts_for_the_large_model_change_no_greedy_token(target, settings):
     near = noisy(target.model, 0.02)
-    plain = written(BETWEEN[name], pair_of(target, near))
-    drafted = written(BETWEEN[name], pair_of(target, near, draft=FIXED))
+    plain = written(settings, pair_of(target, near))
+    drafted = written(settings, pair_of(target, near, draft=FIXED))
     assert [one.tokens for one in drafted] == [one.tokens for one in plain]
     for one, other in zip(drafted, plain, strict=True):
         assert one.scores == pytest.approx(other.scores)
