@@ -50,7 +50,7 @@ TO_LARGE: dict[str, Any] = {
     "foreal": ForealSettings(1.0, None, MARKS),
     "spec_reason": SpecReasonSettings(9.1, LikelihoodSettings(), MARKS, 6),
     "spec_reason, digit": SpecReasonSettings(9.1, marks=MARKS, step_tokens=6),
-    "bild": BildSettings(0.0),
+    "bild": BildSettings(1.01, None),
 }
 TO_SMALL: dict[str, Any] = {
     "random": RandomSettings(0.0, 3),
@@ -97,14 +97,13 @@ def test_every_kind_is_tried():
 # ---------------------------------------------------------------- the ends
 
 
-@pytest.mark.parametrize(
-    ("name", "temperature"), [*((name, 0.0) for name in TO_LARGE), *((name, 1.0) for name in BETWEEN)]
-)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", TO_LARGE)
 def test_at_one_end_it_is_plain_decoding_of_the_large_model(target, small, name, temperature):
     plain = decode(target, NoDraft(), new=NEW, temperature=temperature, stop_tokens=())
     found = written(TO_LARGE[name], pair_of(target, small, temperature))
     assert [list(one.tokens) for one in found] == [list(one.tokens) for one in plain]
-    assert name == "bild" or all(one.num_by_large == NEW and one.num_switches == 0 for one in found)
+    assert all(one.num_by_large == NEW and one.num_switches == 0 for one in found)
 
 
 @pytest.mark.parametrize("name", TO_SMALL)

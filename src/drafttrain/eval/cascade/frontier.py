@@ -219,7 +219,7 @@ def _point(run: _Run, large: _Run, pair: Pair, costs: Mapping[str, Callable[[Cas
     return Point(
         name=run.name,
         settings=component_mapping(run.settings),
-        by_large=share_interval([one.num_by_large for one in outputs], [len(one.tokens) for one in outputs]),
+        by_large=ratio_interval([one.num_by_large for one in outputs], [len(one.tokens) for one in outputs]),
         solved=None if run.solved is None else share_interval(run.solved, [1] * len(outputs)),
         solved_less_large=_difference(run, large),
         agreement=agreement(large.outputs, outputs, [one.id for one in outputs])

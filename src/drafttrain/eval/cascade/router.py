@@ -44,7 +44,7 @@ class CascadeSettings:
 
     swept: ClassVar[str]
     """The setting that moves it between the models."""
-    values: ClassVar[Sequence[float | None]]
+    values: ClassVar[Sequence[float]]
     """Of that setting, for a frontier where nothing else is asked for."""
 
     @property
@@ -52,7 +52,7 @@ class CascadeSettings:
         """What is routed as one: random routing draws the writer of each."""
         raise NotImplementedError
 
-    def at(self, value: float | None) -> Any:
+    def at(self, value: float) -> Any:
         """Return a copy with another value of the swept setting."""
         return replace(self, **{self.swept: value})  # type: ignore[type-var]
 

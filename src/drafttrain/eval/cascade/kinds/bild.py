@@ -26,14 +26,16 @@ from drafttrain.eval.length.fallback import Fallback, FallbackSettings
 class BildSettings(CascadeSettings):
     """Fallback and rollback (BiLD)."""
 
+    fallback: float = setting(
+        0.6, help="As `threshold` of the length policy `fallback`: above 1 the large model writes all.", ge=0
+    )
     rollback: float | None = setting(
         5.0, help="As `threshold` of the acceptance rule `rollback`, in nats; 0: lossless; null: never.", ge=0
     )
-    fallback: float = setting(0.6, help="As `threshold` of the length policy `fallback`.", ge=0)
     max_tokens: int = setting(10, help="Tokens of the small model in a row at most.", ge=1)
 
-    swept: ClassVar[str] = "rollback"
-    values: ClassVar[Sequence[float | None]] = (1.0, 2.0, 3.0, 5.0, None)
+    swept: ClassVar[str] = "fallback"
+    values: ClassVar[Sequence[float]] = (0.3, 0.5, 0.6, 0.7, 0.9)
 
     @property
     def unit(self) -> Unit:

@@ -30,7 +30,7 @@ class EntropySettings(CascadeSettings):
     dwell: int = setting(4, help="Tokens that a model writes at least before the other one may.", ge=1)
 
     swept: ClassVar[str] = "threshold"
-    values: ClassVar[Sequence[float | None]] = (0.125, 0.25, 0.5, 1.0, 2.0)
+    values: ClassVar[Sequence[float]] = (0.125, 0.25, 0.5, 1.0, 2.0)
 
     @property
     def unit(self) -> Unit:

@@ -25,7 +25,7 @@ class ForealSettings(CascadeSettings):
     marks: list[str] = setting(list(SENTENCE), help="A sentence ends with the token that completes one of these texts.")
 
     swept: ClassVar[str] = "rho"
-    values: ClassVar[Sequence[float | None]] = (0.2, 0.4, 0.6, 0.8, 1.0)
+    values: ClassVar[Sequence[float]] = (0.2, 0.4, 0.6, 0.8, 1.0)
 
     @property
     def unit(self) -> Unit:

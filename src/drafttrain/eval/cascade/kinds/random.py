@@ -24,7 +24,7 @@ class RandomSettings(CascadeSettings):
     marks: list[str] = setting([], help="A span ends with the token that completes one of these texts.")
 
     swept: ClassVar[str] = "rate"
-    values: ClassVar[Sequence[float | None]] = (0.1, 0.25, 0.5, 0.75, 0.9)
+    values: ClassVar[Sequence[float]] = (0.1, 0.25, 0.5, 0.75, 0.9)
 
     @property
     def unit(self) -> Unit:

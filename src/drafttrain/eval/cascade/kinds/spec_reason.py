@@ -32,7 +32,7 @@ class SpecReasonSettings(CascadeSettings):
     first_by_large: int = setting(0, help="Steps at the beginning that the large model writes.", ge=0)
 
     swept: ClassVar[str] = "threshold"
-    values: ClassVar[Sequence[float | None]] = (1.0, 3.0, 5.0, 7.0, 9.0)
+    values: ClassVar[Sequence[float]] = (1.0, 3.0, 5.0, 7.0, 9.0)
 
     @property
     def unit(self) -> Unit:
