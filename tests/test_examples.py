@@ -65,8 +65,14 @@ def test_a_proposer_of_the_script_changes_no_text(example):
     assert "text unchanged" in example.run("own_proposer.py", "--num-prompts", "4")
 
 
-def test_the_package_promises_four_functions():
-    assert sorted(set(drafttrain.__all__) - {"__version__"}) == ["evaluate", "load_drafter", "load_target", "train"]
+def test_the_package_promises_five_functions():
+    assert sorted(set(drafttrain.__all__) - {"__version__"}) == [
+        "cascade",
+        "evaluate",
+        "load_drafter",
+        "load_target",
+        "train",
+    ]
     assert all(callable(getattr(drafttrain, name)) for name in drafttrain.__all__ if name != "__version__")
     with pytest.raises(AttributeError, match="no attribute 'fit'"):
         _ = drafttrain.fit

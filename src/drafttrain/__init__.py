@@ -3,13 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from drafttrain.api import cascade as cascade
     from drafttrain.api import evaluate as evaluate
     from drafttrain.api import load_drafter as load_drafter
     from drafttrain.api import load_target as load_target
     from drafttrain.api import train as train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "load_drafter", "load_target", "train"]
+__all__ = ["__version__", "cascade", "evaluate", "load_drafter", "load_target", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,20 +1,24 @@
-"""The Python API: `drafttrain.load_target`, `load_drafter`, `evaluate`, `train`.
+"""The Python API: `drafttrain.load_target`, `load_drafter`, `evaluate`, `cascade`, `train`.
 
-These four keep their names and arguments; other modules may change between versions.
+These five keep their names and arguments; other modules may change between versions.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from drafttrain.checkpoint import read_drafter
+from drafttrain.commands.cascade import frontier_of
 from drafttrain.commands.fit import fit
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import RecipeError
 from drafttrain.drafters import Drafter
+from drafttrain.eval.cascade.frontier import Frontier
+from drafttrain.eval.cascade.settings import FrontierSettings
+from drafttrain.eval.proposers.language_model import language_model_of
 from drafttrain.eval.result import Result
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.pipeline.evaluating import evaluate_folders
@@ -74,6 +78,44 @@ def evaluate(
     return evaluate_folders(
         {name: resolve_folder(str(one)) for name, one in folders.items()}, target, wanted, dropped=()
     )
+
+
+def cascade(
+    small: Drafter,
+    target: Target,
+    *,
+    by: Any,
+    values: Sequence[float] | None = None,
+    draft: Any = None,
+    cost: str = "bytes",
+    prompts: str = "builtin:test",
+    **settings: Any,
+) -> Frontier:
+    """Let a small model write a part of the target's texts, LOSSY, and measure quality against cost.
+
+    Args:
+        small: A drafter with a language model of its own that reads the target's tokens (`causal_lm`).
+        by: Who writes what: the settings of a kind in `drafttrain.eval.cascade.kinds`.
+        values: Of the kind's swept setting; None: those of the kind.
+        draft: Settings of a length policy: the small model drafts for the target's spans, without loss; None: it does not.
+        cost: `bytes`, `flops`, `seconds`, or a GPU such as `h100`.
+        prompts: A file of JSON lines, or `builtin:test`.
+        settings: Further keys of the recipe's section `eval`: `checker`, `num_prompts`, `max_new_tokens`, ... The first of
+            `temperatures` counts.
+
+    Returns:
+        The content of `cascade.json`. `drafttrain.eval.cascade.shown.show(frontier)` prints its table.
+
+    Raises:
+        RecipeError: Settings that contradict each other.
+        CheckpointError: The small model is none.
+        DataError: Prompts that cannot be read or checked.
+    """
+    evaluated = EvalSettings(prompts=prompts, **settings)
+    wanted = FrontierSettings(by, None if values is None else list(values), draft, cost)
+    if problems := [*evaluated.check(), *wanted.check()]:
+        raise RecipeError("arguments", problems)
+    return frontier_of(target, language_model_of(small, "cascade"), evaluated, wanted, small=small.kind)
 
 
 def train(

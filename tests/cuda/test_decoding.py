@@ -12,6 +12,10 @@ from drafttrain.core.texts import Sampling
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
+from drafttrain.eval.cascade import cascades, span_judges
+from drafttrain.eval.cascade.frontier import decoder_of
+from drafttrain.eval.cascade.kinds.spec_reason import SpecReasonSettings
+from drafttrain.eval.cascade.router import Pair
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.length.fixed import FixedLengthSettings
@@ -88,6 +92,22 @@ def test_every_rule(name: str, temperature: float, target: Target, drafter_of: A
 def test_every_proposer_that_needs_no_training(name: str, target: Target, drafter_of: Any) -> None:
     made_of = Surroundings(target, drafter_of("causal_lm"))
     decode(target, None, make(proposers.entry(name).settings(), made_of))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", cascades.names())
+def test_every_cascade(name: str, sampling: Sampling, target: Target, drafter_of: Any) -> None:
+    pair = Pair(target, drafter_of("causal_lm").language_model, sampling, MAX_NEW_TOKENS, stop_tokens=())
+    cascade = decoder_of(cascades.entry(name).settings(), pair)
+    assert [len(cascade.generate(prompt).tokens) for prompt in PROMPTS] == [MAX_NEW_TOKENS] * 2
+
+
+@pytest.mark.parametrize("draft", [None, FixedLengthSettings(2)], ids=["plain", "drafted"])
+@pytest.mark.parametrize("name", span_judges.names())
+def test_every_judge_of_spans(name: str, draft: Any, target: Target, drafter_of: Any) -> None:
+    settings = SpecReasonSettings(9.5, span_judges.entry(name).settings(), step_tokens=2)
+    pair = Pair(target, drafter_of("causal_lm").language_model, SAMPLED, 4, draft=draft, stop_tokens=())
+    assert decoder_of(settings, pair).generate(PROMPTS[0]).num_by_large == 4
 
 
 @pytest.mark.parametrize("name", [*KINDS, *SEARCHED])

@@ -435,7 +435,7 @@ def test_both_caches_contain_the_committed_text_after_every_round(target):
     engine = Engine(
         target, proposer, rule=Lossless(), policy=FixedLength(), sampling=Sampling(1.0), max_new_tokens=30, seed=3
     )
-    one_round, found = engine._round, set()
+    one_round, found = engine.advance, set()
 
     def watched(live: Any) -> None:
         one_round(live)
@@ -458,7 +458,7 @@ def test_both_caches_contain_the_committed_text_after_every_round(target):
             torch.testing.assert_close(ours_ND, values_ND[:kept], rtol=0, atol=1e-12)
             found.add((sequence.rounds[-1].reason, len(proposer._unread[row])))
 
-    engine._round = watched  # type: ignore[method-assign]
+    engine.advance = watched  # type: ignore[method-assign]
     with torch.no_grad():
         engine.generate(PROMPTS)
     assert {("reject", 0), ("leaf", 1)} <= found, "partial and whole acceptance must both have been seen"

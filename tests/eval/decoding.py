@@ -67,11 +67,16 @@ def chi_square(
     prepare: Any = None,
     policy: Any = None,
     target: Target | None = None,
+    engine: Any = None,
 ) -> float:
-    """Return the p-value of the first two sampled tokens against the target's distribution, which is enumerated."""
+    """Return the p-value of the first two sampled tokens against the target's distribution, which is enumerated.
+
+    Args:
+        engine: What decodes in place of an engine of this proposer.
+    """
     if target is None:
         target = Target(model, byte_tokenizer(), name="small", fingerprint="")
-    engine = Engine(
+    engine = engine or Engine(
         target,
         proposer,
         rule=Lossless(),

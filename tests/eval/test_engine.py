@@ -103,7 +103,7 @@ def test_caches_hold_the_committed_text_after_every_round(target):
         target, proposer, rule=Lossless(), policy=FixedLength(), sampling=Sampling(1.0), max_new_tokens=30, seed=3
     )
     checked = 0
-    original = engine._round
+    original = engine.advance
 
     def check(lm: Any, layers: Any, model: Any, live: Any) -> int:
         for row, sequence in enumerate(live):
@@ -124,7 +124,7 @@ def test_caches_hold_the_committed_text_after_every_round(target):
         of_drafter = [layer.columns.first(max(proposer._lm.lengths)) for layer in proposer._lm._layers]
         check(proposer._lm, of_drafter, drafter, live)
 
-    engine._round = watched  # type: ignore[method-assign]
+    engine.advance = watched  # type: ignore[method-assign]
     engine.generate(PROMPTS)
     assert checked > 10
 

@@ -1,4 +1,4 @@
-"""`eval`, `compare`, `calibrate` and `long-prompt`: exported drafters on their target."""
+"""Exported drafters on their target: `eval`, `compare`, `calibrate`, `long-prompt`; `cascade`, a small model that writes a part of the text."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +28,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(name="eval")(evaluate)
     app.command()(compare)
     app.command()(calibrate)
+    app.command()(cascade)
     app.command(name="long-prompt")(long_prompt)
 
 
@@ -155,6 +156,33 @@ def calibrate(
         _commands().calibrate.calibrate(named[0], target, overrides, method=method, temperature=temperature, out=out)
 
 
+def cascade(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TARGET SMALL [SECTION.KEY=VALUE]...",
+            help="The large and the small model: folders, hub ids or builtin names; the small one may be a drafter of kind causal_lm. "
+            "Overrides: 'cascade.by={kind: entropy}', cascade.values=[0.5,1], eval.key=value, target.key=value.",
+            show_default=False,
+        ),
+    ],
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="FILE", help="Prompts (docs/data.md). Default: eval.prompts."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of cascade.json and frontier.png.")] = RUNS
+    / "cascade",
+    debug: Debug = False,
+) -> None:
+    """Let a small model write a part of the text, LOSSY: quality against cost, beside both models alone and random routing."""
+    with exit_codes(debug=debug):
+        only_first_process()
+        named, overrides = names_and_overrides(models)
+        if len(named) != 2:
+            raise RecipeError("arguments", [f"give a target and a small model, got {len(named)} names"])
+        _commands().cascade.cascade(*named, overrides, prompts=prompts, out=out)
+
+
 def long_prompt(
     drafter: Annotated[
         list[str],
@@ -209,9 +237,9 @@ def _amounts(text: str, problems: list[str]) -> list[tuple[int | None, float | N
 
 def _commands() -> SimpleNamespace:
     # At the head of the file this would load torch for `drafttrain --help`.
-    from drafttrain.commands import calibrate, evaluate, long_prompt
+    from drafttrain.commands import calibrate, cascade, evaluate, long_prompt
 
-    return SimpleNamespace(calibrate=calibrate, evaluate=evaluate, long_prompt=long_prompt)
+    return SimpleNamespace(calibrate=calibrate, cascade=cascade, evaluate=evaluate, long_prompt=long_prompt)
 
 
 def _check_drafter(named: list[str], *, smoke: bool) -> None:

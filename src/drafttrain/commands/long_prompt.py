@@ -54,7 +54,7 @@ def measure_long_prompts(
     """
     quiet_libraries()
     of_target, evaluation, settings = load_sections(
-        ["target", "eval", SECTION], overrides, also={SECTION: LongPromptSettings}
+        ["target", "eval"], overrides, further={SECTION: LongPromptSettings}
     )
     if prompts is not None:
         evaluation = replace(evaluation, prompts=prompts, prompt_tokens=None)

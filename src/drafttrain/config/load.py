@@ -76,15 +76,15 @@ def load_sections(
     sections: Sequence[str],
     overrides: Sequence[str],
     *,
-    also: Mapping[str, type] | None = None,
     source: str = "arguments",
+    further: Mapping[str, type] | None = None,
 ) -> list[Any]:
     """Return sections built from defaults and overrides (`eval.temperatures=[1]`), without a recipe.
 
     `plugins=[my_lab.hydra]` imports plugins first, as in a recipe.
 
     Args:
-        also: The settings of sections that recipes do not have, by name.
+        further: Sections that a recipe does not have, by name; they are returned last.
 
     Raises:
         RecipeError: With every problem of the overrides.
@@ -93,15 +93,16 @@ def load_sections(
     problems = [problem for override in overrides for problem in apply_override(root, override)]
     problems += _import_plugins(root)
     root.value.pop("plugins", None)
-    allowed = ", ".join([*(f"{section}.key=value" for section in sections), "plugins=[module]"])
+    of_recipe = fields_of(Recipe)
+    wanted = {section: of_recipe[section].hint for section in sections} | dict(further or {})
+    allowed = ", ".join([*(f"{section}.key=value" for section in wanted), "plugins=[module]"])
     for name, child in root.value.items():
-        if name not in sections:
+        if name not in wanted:
             problems.append(Problem(child.where, f"{name}: only these can be given here: {allowed}"))
     empty = Node({}, "")
-    wanted = {name: field.hint for name, field in fields_of(Recipe).items()} | dict(also or {})
     return [
-        _checked(wanted[section], root.value.get(section, empty), problems, source=source, path=section)
-        for section in sections
+        _checked(settings, root.value.get(section, empty), problems, source=source, path=section)
+        for section, settings in wanted.items()
     ]
 
 

@@ -52,6 +52,12 @@ class TargetProbs:
         """Return probs_NV, all rows."""
         return self._probs(self._logits_NV) if self.computed_NV is None else self.computed_NV
 
+    def log_probs_at_one(self) -> Tensor:
+        """Return log_probs_NV at temperature 1 without top-k and top-p, whatever the sampling: one-hot rows know no distance."""
+        if self._sampling == Sampling(temperature=1.0):
+            return self.whole().double().log()
+        return self._without_padding(self._logits_NV).double().log_softmax(dim=-1)
+
     def _probs(self, logits_NV: Tensor) -> Tensor:
         return sampling_probs(self._without_padding(logits_NV), self._sampling)
 

@@ -45,7 +45,7 @@ def whole_prompts(lm: CachedLM, prompts: Sequence[Prompt], needs: TargetNeeds) -
 
 
 @dataclass
-class _Sequence:
+class Decoding:
     """One prompt that is being decoded."""
 
     prompt: Prompt
@@ -115,14 +115,10 @@ class Engine:
         if len(prompts) > 1 and (why := self._why_alone(prompts)):
             say_once(f"prompts are decoded one at a time: {why}")
             return [generation for prompt in prompts for generation in self.generate([prompt], on_round=on_round)]
-        sequences = [self._sequence(prompt) for prompt in prompts]
-        self._clock = _Clock(self._lm.device)
-        with self._clock.phase("prefill_seconds", sequences):
-            seen = self._prefill(self._lm, prompts, self.proposer.needs)
-            self.proposer.begin([sequence.context for sequence in sequences], seen)
+        sequences = self.begin(prompts)
         live = sequences
         while live:
-            self._round(live)
+            self.advance(live)
             if on_round is not None:
                 for sequence in live:
                     on_round(sequence.context, sequence.rounds[-1])
@@ -134,6 +130,20 @@ class Engine:
         self._clock.settle()
         return [_generation(sequence) for sequence in sequences]
 
+    @property
+    def lm(self) -> CachedLM:
+        """The target and its cache: between two rounds it contains all of a text but the last token."""
+        return self._lm
+
+    def begin(self, prompts: Sequence[Prompt]) -> list[Decoding]:
+        """Read prompts; `advance` continues their texts. Where others write to the text too, both caches must follow it."""
+        sequences = [self._sequence(prompt) for prompt in prompts]
+        self._clock = _Clock(self._lm.device)
+        with self._clock.phase("prefill_seconds", sequences):
+            seen = self._prefill(self._lm, prompts, self.proposer.needs)
+            self.proposer.begin([sequence.context for sequence in sequences], seen)
+        return sequences
+
     def _why_alone(self, prompts: Sequence[Prompt]) -> str | None:
         """Return why these prompts cannot be decoded together; None: they can."""
         longest = max(len(prompt.tokens) for prompt in prompts) + self.max_new_tokens
@@ -143,7 +153,8 @@ class Engine:
             return f"drafter: {why}"
         return None
 
-    def _round(self, live: list[_Sequence]) -> None:
+    def advance(self, live: list[Decoding]) -> None:
+        """Run one round."""
         with self._clock.phase("draft_seconds", live):
             proposals = self.proposer.propose(
                 self._budgets(live),
@@ -175,7 +186,7 @@ class Engine:
         with self._clock.phase("draft_seconds", live):
             self.proposer.observe(verdicts, [_at(output, path) for output, path in zip(seen, read, strict=True)])
 
-    def _budgets(self, live: Sequence[_Sequence]) -> list[Budget]:
+    def _budgets(self, live: Sequence[Decoding]) -> list[Budget]:
         """Return the budget of each sequence in a round; the target's own token needs one of the remaining tokens."""
         contexts = [sequence.context for sequence in live]
         if isinstance(self.policy, BudgetsBatch):
@@ -185,7 +196,7 @@ class Engine:
         left = [self.max_new_tokens - sequence.num_new - 1 for sequence in live]
         return [budget.within(most) for budget, most in zip(wanted, left, strict=True)]
 
-    def _verdict(self, sequence: _Sequence, proposal: Proposal, output: TargetOutput) -> Verdict:
+    def _verdict(self, sequence: Decoding, proposal: Proposal, output: TargetOutput) -> Verdict:
         assert output.logits_BTV is not None
         target_probs = TargetProbs(output.logits_BTV[0], self.sampling, num_tokens=self._num_tokens)
         path, token = self.rule(
@@ -203,10 +214,10 @@ class Engine:
             reason = "length"
         return Verdict(path, tokens, reason, proposal, tested)
 
-    def _sequence(self, prompt: Prompt) -> _Sequence:
+    def _sequence(self, prompt: Prompt) -> Decoding:
         if not prompt.tokens:
             raise ValueError(f"prompt {prompt.id!r} is empty: it needs at least one token")
-        return _Sequence(
+        return Decoding(
             prompt,
             Context(prompt.id, list(prompt.tokens), len(prompt.tokens)),
             draft_stream=stream(self.seed, "draft", prompt.id),
@@ -214,7 +225,7 @@ class Engine:
         )
 
 
-def _commit(sequence: _Sequence, verdict: Verdict) -> None:
+def _commit(sequence: Decoding, verdict: Verdict) -> None:
     start = sequence.num_new
     sequence.context.tokens.extend(verdict.tokens)
     sequence.rounds.append(
@@ -263,7 +274,7 @@ def _at(output: TargetOutput, path: Sequence[int]) -> TargetOutput:
     )
 
 
-def _generation(sequence: _Sequence) -> Generation:
+def _generation(sequence: Decoding) -> Generation:
     return Generation(
         id=sequence.prompt.id,
         domain=sequence.prompt.domain,
@@ -285,10 +296,10 @@ class _Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._phases: list[tuple[Span, str, Sequence[_Sequence]]] = []
+        self._phases: list[tuple[Span, str, Sequence[Decoding]]] = []
 
     @contextmanager
-    def phase(self, kind: str, sequences: Sequence[_Sequence]) -> Iterator[None]:
+    def phase(self, kind: str, sequences: Sequence[Decoding]) -> Iterator[None]:
         """Time the block as one phase of these sequences."""
         span = Span(self._device)
         yield

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from drafttrain.core.generations import Generation
 from drafttrain.core.texts import Prompt
 from drafttrain.data_gen.checkers import Checker
 from drafttrain.eval.interval import Interval
 from drafttrain.eval.statistics import share_difference, share_interval, summed_by
+
+
+class Output(Protocol):
+    """The tokens that were written after a prompt."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The new tokens."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class TunedFigures:
     """Of the tuned target, and minus the original's; None: there is no checker."""
 
 
-def agreement(own: Sequence[Generation], found: Sequence[Generation], units: Sequence[str]) -> Agreement:
+def agreement(own: Sequence[Output], found: Sequence[Output], units: Sequence[str]) -> Agreement:
     """Compare outputs with the target's own.
 
     Args:
@@ -57,9 +65,7 @@ def agreement(own: Sequence[Generation], found: Sequence[Generation], units: Seq
     return Agreement(share_interval(same_U, outputs_U), share_interval(before_U, lengths_U))
 
 
-def solved(
-    checker: Checker, tokenizer: Any, prompts: Sequence[Prompt], generations: Sequence[Generation]
-) -> list[float]:
+def solved(checker: Checker, tokenizer: Any, prompts: Sequence[Prompt], generations: Sequence[Output]) -> list[float]:
     """Return 1 for every prompt that its output solves, else 0."""
     texts = [tokenizer.decode(list(one.tokens), skip_special_tokens=True) for one in generations]
     return [
