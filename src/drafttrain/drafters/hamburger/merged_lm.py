@@ -82,8 +82,20 @@ class MergedLM(CachedLM):
         self._sequences: list[_Sequence] = []
         self._micro_weights = weights_of(parts.micro)
 
-    def begin(self, prompts: Sequence[Sequence[int]], *, needs: TargetNeeds | None = None) -> list[TargetOutput]:
-        """Empty the cache and read these prompts in one call, an entry for each token."""
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        needs: TargetNeeds | None = None,
+        positions: Sequence[Sequence[int]] | None = None,
+    ) -> list[TargetOutput]:
+        """Empty the cache and read these prompts in one call, an entry for each token.
+
+        Raises:
+            CheckpointError: Positions are given: entries are counted, not placed.
+        """
+        if positions is not None:
+            raise CheckpointError(f"{self.name}: reads whole prompts only, not the part of one that was kept")
         self._sequences = [_Sequence(len(prompt)) for prompt in prompts]
         return super().begin(prompts, needs=needs)
 
