@@ -297,9 +297,10 @@ class DrafterRun(Run):
         choice = cast(Any, drafters.entry(given.kind).component).start_choice(given)
         if choice is None:
             return given
+        target = self.target
         with first_before_others(f"it chooses {choice.name}"):
             if not path.exists():
-                write_json(path, choice.choose(self.target, encoded_data(self).first_records(choice.num_texts)))
+                write_json(path, choice.choose(target, encoded_data(self).first_records(choice.num_texts)))
         return choice.settings(read_json(path))
 
     def new_drafter(self, settings: Any) -> Drafter:
