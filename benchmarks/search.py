@@ -1,6 +1,6 @@
 """Searches over written steps at equal budgets of target tokens: A*, best of n, particle filtering on the embedded adder. LOSSY.
 
-    python benchmarks/search.py OUT [--num-prompts 16] [--temperature 2.0] [--budgets 100 200 400] [--noise 0.1]
+    python benchmarks/search.py OUT [--num-prompts 16] [--temperature 2.5] [--budgets 200 400 800] [--noise 0.1]
 
 The reward reads the last written step and returns 0.9 if its sum, its digit and its carry are right, else 0.1; a share of rewards,
 `--noise`, is the other way round. It does not know the answer.
@@ -9,6 +9,7 @@ The reward reads the last written step and returns 0.9 if its sum, its digit and
 import argparse
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,17 @@ from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.page import write_picture
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.search.frontier import SearchResult, search_frontier
+from drafttrain.eval.search.methods import Method, a_star, best_of_n, particle_filter
 from drafttrain.eval.search.steps import SampledSteps
 from drafttrain.eval.typed_json import to_json
 
 RIGHT, WRONG = 0.9, 0.1
+METHODS: dict[str, Method] = {
+    "a_star, width 2": partial(a_star, width=2),
+    "a_star, width 4": a_star,
+    "best_of_n": best_of_n,
+    "particle_filter, 4 particles": particle_filter,
+}
 
 
 def main() -> None:
@@ -36,8 +44,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--num-prompts", type=int, default=16)
-    parser.add_argument("--temperature", type=float, default=2.0)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[100, 200, 400])
+    parser.add_argument("--temperature", type=float, default=2.5)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[200, 400, 800])
     parser.add_argument("--noise", type=float, default=0.1)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -58,7 +66,7 @@ def main() -> None:
         return [step_reward(prompt, text, noise=arguments.noise) for text in texts]
 
     checker = Numeric(NumericSettings(spaced_digits=True))
-    result = search_frontier(target, steps, prompts, reward, checker, arguments.budgets)
+    result = search_frontier(target, steps, prompts, reward, checker, arguments.budgets, methods=METHODS)
     show(result)
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "search.json", to_json(result))
