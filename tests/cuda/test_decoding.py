@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -38,13 +39,14 @@ def heads_of(tmp_path_factory: pytest.TempPathFactory, target: Target) -> dict[s
 def decode(target: Target, drafter: Drafter | None, proposer: Any = None, **options: Any) -> None:
     """Decode two prompts together; all must come to their end."""
     ledger = Ledger()
-    if drafter is not None:
-        proposer = drafter.proposer(target, ledger.append)
     options = {"length": FixedLengthSettings(2), "rule": LosslessSettings(), "sampling": Sampling()} | options
-    loop = engine(target, proposer, listener=ledger.append, **options)
-    if hasattr(loop.policy, "calibrate"):
-        loop.policy.calibrate(loop.generate(PROMPTS[:1]))
-    generations = loop.generate(PROMPTS)
+    with nullcontext(target) if drafter is None else drafter.adapting(target) as served:
+        if drafter is not None:
+            proposer = drafter.proposer(served, ledger.append)
+        loop = engine(served, proposer, listener=ledger.append, **options)
+        if hasattr(loop.policy, "calibrate"):
+            loop.policy.calibrate(loop.generate(PROMPTS[:1]))
+        generations = loop.generate(PROMPTS)
     assert [len(one.tokens) for one in generations] == [MAX_NEW_TOKENS] * 2
     assert ledger.calls("target") > 0
 

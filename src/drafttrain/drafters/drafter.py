@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -282,9 +282,11 @@ class Drafter(nn.Module, ABC):
         """Return the target that the exported drafter drafts for: the given one, or a tuned copy."""
         return tuned(target, self.tuning)
 
-    def adapting(self, target: Target) -> AbstractContextManager[None]:
-        """Within this context, `target` is tuned as the drafter in training has it so far, if it trains it."""
-        return nullcontext() if self.tuned is None else self.tuned.weights.applied(target.model)
+    @contextmanager
+    def adapting(self, target: Target) -> Iterator[Target]:
+        """Within this context, yield the target that the drafter in training drafts for: tuned as it has it so far, if it trains it."""
+        with nullcontext() if self.tuned is None else self.tuned.weights.applied(target.model):
+            yield target
 
     def search(self, target: Target, records: Sequence[Record], *, num_steps: int, seed: int, log: Path) -> int:
         """Find what this drafter is made of, if it is `searched`, on training texts; return the number of steps.

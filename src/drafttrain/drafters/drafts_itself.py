@@ -119,11 +119,16 @@ class DraftsItself(Drafter):
         yield matrix(head_parameters(self.in_training.target.model), shape.rows(1), gradients=1)
 
     def save(self, folder: Path) -> None:
-        """Write the tuning, and its numbers; model.safetensors is empty."""
+        """Write the tuning, its numbers, and the weights beside those of the target: of some kinds there are none."""
         write_json(folder / "config.json", {"model_type": self.kind, **self.numbers()})
-        save_file({}, folder / "model.safetensors", metadata={"format": "pt"})
+        own = {
+            name: tensor.detach().contiguous().cpu()
+            for name, tensor in self.state_dict().items()
+            if not name.startswith("weights.")
+        }
+        save_file(own, folder / "model.safetensors", metadata={"format": "pt"})
         self.in_training.save(folder)
 
     @abstractmethod
-    def numbers(self) -> Mapping[str, int | str]:
+    def numbers(self) -> Mapping[str, Any]:
         """Return what config.json stores beside the kind."""

@@ -139,7 +139,7 @@ def decode(
     Returns:
         The outputs of transformers' generate with the target of the first arm.
     """
-    by_generate = prompts[:generate] if settings.batch_size == 1 else []
+    by_generate = prompts[:generate] if settings.batch_size == 1 and arms[0].target.generates else []
     for arm in arms:
         arm.warm_up(prompts)
     for prompt in by_generate[:1]:

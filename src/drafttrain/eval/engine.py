@@ -31,7 +31,6 @@ from drafttrain.core.target_probs import TargetProbs
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.target_model import Target
-from drafttrain.target_model.cached_lm import CachedLM
 
 RoundListener = Callable[[Context, Round], None]
 """Is called after every round of a sequence; the context contains the tokens of that round."""
@@ -88,7 +87,7 @@ class Engine:
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
         self.seed = seed
-        self._lm = CachedLM(target.model, name="target", listener=listener)
+        self._lm = target.decoder(listener=listener)
         if isinstance(proposer, DraftsInTarget):
             proposer.share(self._lm)
         self._stop_tokens = frozenset(target.eos_token_ids if stop_tokens is None else stop_tokens)

@@ -3,8 +3,6 @@
 A call of one token and a call of several compute the same logits with different rounding. Where two tokens are nearly tied,
 plain decoding and verification may choose differently, and all later text differs. So only the first difference of an output
 says anything: the text before it is the same.
-
-V = vocabulary
 """
 
 from __future__ import annotations
@@ -14,11 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from drafttrain.core.generations import Generation
 from drafttrain.target_model import Target
-from drafttrain.target_model.cached_lm import CachedLM
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """What rounding explains: a difference of two logits up to this share of the largest logit, by type of the target."""
@@ -121,9 +117,10 @@ def _first_difference(plain: Generation, drafted: Generation, target: Target) ->
     position = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(plain.tokens), len(drafted.tokens)))
     if position >= len(plain.tokens) or position >= len(drafted.tokens):
         return Divergence(plain.id, position, -1, -1, float("inf"), 0.0, False)
-    text = [*plain.prompt_tokens, *plain.tokens[:position]]
+    text = list(plain.prompt_tokens), list(plain.tokens[:position])
     # One token a call, as plain decoding reads it; and as many as the call had read that verified this token.
-    paths = [_logits_after(text, target, together=count) for count in (1, _read_together(drafted, position, len(text)))]
+    calls = (1, _read_together(drafted, position, sum(map(len, text))))
+    paths = [target.logits_after(*text, together=count) for count in calls]
     ours, theirs = plain.tokens[position], drafted.tokens[position]
     gap = max(abs(float(logits_V[ours] - logits_V[theirs])) for logits_V in paths)
     rounding = TOLERANCE[target.model.dtype] * max(float(logits_V.abs().max()) for logits_V in paths)
@@ -134,13 +131,3 @@ def _read_together(drafted: Generation, position: int, num_tokens: int) -> int:
     """Return how many tokens of the text before a position the call read that verified it: all, where rounds are not known."""
     start = max((one.start for one in drafted.rounds if one.start <= position), default=None)
     return num_tokens if start is None else position - start + 1
-
-
-def _logits_after(text: Sequence[int], target: Target, *, together: int) -> Tensor:
-    """Return logits_V after a text whose last `together` tokens are read in one call."""
-    lm = CachedLM(target.model, name="target")
-    lm.begin([text[: len(text) - together]])
-    (seen,) = lm.forward([text[len(text) - together :]])
-    assert seen.logits_BTV is not None
-    logits_V = seen.logits_BTV[0, -1]
-    return logits_V.to(torch.promote_types(logits_V.dtype, torch.float32))

@@ -9,10 +9,7 @@ import torch
 
 from drafttrain.core.generations import Generation
 from drafttrain.core.loss_rows import kl_divergence
-from drafttrain.core.target_rows import TargetNeeds
-from drafttrain.core.texts import Record
 from drafttrain.data_gen.checkers import checkers
-from drafttrain.data_gen.packing import pack
 from drafttrain.eval.arms import Arm
 from drafttrain.eval.quality import TunedFigures, agreement, solved, task_score
 from drafttrain.eval.settings import EvalSettings
@@ -45,12 +42,8 @@ def tuned_figures(tuned: Arm, original: Arm, settings: EvalSettings) -> TunedFig
 @torch.no_grad()
 def divergence(original: Target, tuned: Target, text: Generation) -> float:
     """Return the sum of KL(original || tuned) over the new tokens of a text, nats."""
-    tokens = [*text.prompt_tokens, *text.tokens]
-    batch, _ = pack([Record(text.id, tokens, [True] * len(tokens))], width=len(tokens), weight_of_step=1.0)
-    rows = [
-        one.rows_of(one.read(batch.tokens_BT, batch.positions_BT, TargetNeeds(final=True))) for one in (original, tuned)
-    ]
-    index_N = torch.arange(len(text.prompt_tokens) - 1, len(tokens) - 1, device=original.device)
+    rows = [one.answer_rows(text.prompt_tokens, text.tokens) for one in (original, tuned)]
+    index_N = torch.arange(len(text.tokens), device=original.device)
     total = 0.0
     for part_N in index_N.split(ROWS_AT_ONCE):
         log_p_NV, log_q_NV = (one.at(part_N)[:, : original.num_tokens].float().log_softmax(dim=-1) for one in rows)

@@ -119,8 +119,8 @@ class Validation:
         def estimate(drafter: Any) -> dict[str, Any]:
             if not drafter.replayable:
                 return self._decoded(drafter)
-            with drafter.adapting(target):
-                rows = replay_rows(target, drafter, texts, self.sampling, num_depths=max(lengths))
+            with drafter.adapting(target) as served:
+                rows = replay_rows(served, drafter, texts, self.sampling, num_depths=max(lengths))
             by_length = {k: replayed_efficiency(rows, k) for k in lengths}
             alpha = sum(float(r.acceptance_T.sum()) for r in rows) / tokens
             most = (
@@ -143,10 +143,10 @@ class Validation:
         """Return the figures of a drafter whose drafts depend on the rounds before: the validation prompts are decoded with it."""
         settings, target = self._run.recipe.eval, self.target
         prompts = [Prompt(text.id, list(text.prompt)) for text in self.texts]
-        with drafter.adapting(target):
+        with drafter.adapting(target) as served:
             engine = Engine(
-                target,
-                drafter.proposer(target),
+                served,
+                drafter.proposer(served),
                 rule=Lossless(),
                 policy=FixedLength(FixedLengthSettings(settings.length.chain_length)),
                 sampling=self.sampling,

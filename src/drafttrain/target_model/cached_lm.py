@@ -27,7 +27,7 @@ from drafttrain.target_model.block_range import block_range
 from drafttrain.target_model.grouped_attention import GroupedAttention
 from drafttrain.target_model.model_weights import ModelWeights
 from drafttrain.target_model.part import Part
-from drafttrain.target_model.positions import position_limit
+from drafttrain.target_model.positions import check_positions, position_limit
 from drafttrain.target_model.ragged_cache import RaggedCache, Tree
 from drafttrain.target_model.rolling_back import refuse_states_that_cannot_roll_back, window_of
 from drafttrain.target_model.rows_beside import RowsBeside, read_with_rows
@@ -357,12 +357,8 @@ class CachedLM:
             CheckpointError: A position is beyond the model's embeddings.
         """
         positions_BN = cache.positions(sizes, trees, width=width)
-        last = int(positions_BN.max())
-        if self._takes_positions and self._position_limit is not None and last >= self._position_limit:
-            raise CheckpointError(
-                f"{self.name}: token {last + 1} is beyond the {self._position_limit} position embeddings of "
-                f"{type(self.model).__name__}: use shorter prompts or fewer new tokens"
-            )
+        if self._takes_positions:
+            check_positions(self.model, int(positions_BN.max()), limit=self._position_limit, name=self.name)
         return positions_BN
 
     def _mask(self, cache: RaggedCache, trees: Sequence[Tree | None], width: int) -> Tensor | None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from drafttrain.core.errors import CheckpointError
+
 POSITION_EMBEDDINGS = ("wpe", "embed_positions", "position_embeddings")
 UNLIMITED_POSITIONS = 1 << 20
 """Positions of a drafter whose target names no limit: rotary angles have none."""
@@ -18,6 +20,22 @@ def position_limit(model: Any) -> int | None:
         for name, module in model.named_modules()
     )
     return int(model.config.get_text_config().max_position_embeddings) if learnt else None
+
+
+def check_positions(model: Any, last: int, *, limit: int | None, name: str) -> None:
+    """Check that a text's last position has an embedding.
+
+    Args:
+        limit: `position_limit` of the model.
+
+    Raises:
+        CheckpointError: It has none.
+    """
+    if limit is not None and last >= limit:
+        raise CheckpointError(
+            f"{name}: token {last + 1} is beyond the {limit} position embeddings of {type(model).__name__}: use shorter prompts or "
+            "fewer new tokens"
+        )
 
 
 def max_positions(config: Any) -> int | None:

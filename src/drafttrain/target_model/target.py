@@ -5,7 +5,7 @@ B = sequences, T = positions
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from drafttrain.core.batches import PackedDocuments
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput, TargetRows
+from drafttrain.target_model.cached_lm import CachedLM
 from drafttrain.target_model.device import pick_device
 from drafttrain.target_model.documents import document_states
 from drafttrain.target_model.end_tokens import end_ids, report_end_tokens
@@ -36,6 +38,8 @@ class Target:
     """Its weights are sharded over the processes, which must all run it together."""
     elsewhere: ClassVar[bool] = False
     """Its blocks run in an engine: their operations are not those of the processes that train."""
+    generates: ClassVar[bool] = True
+    """transformers' `generate` with its model writes its distribution."""
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, fingerprint: str) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -134,6 +138,26 @@ class Target:
         """Return the target's distribution over a batch whose final states were read."""
         assert seen.final_BTD is not None, "read the batch with TargetNeeds(final=True)"
         return LiveRows(self.model, seen.final_BTD)
+
+    def decoder(self, *, name: str = "target", listener: ForwardListener | None = None) -> CachedLM:
+        """Return its model with an empty cache, as the evaluator decodes with it."""
+        return CachedLM(self.model, name=name, listener=listener)
+
+    def answer_rows(self, prompt: Sequence[int], answer: Sequence[int]) -> TargetRows:
+        """Return its distribution before each token of an answer: row i is that of `answer[i]`."""
+        tokens_1T = torch.tensor([[*prompt, *answer]])
+        seen = self.read(tokens_1T, torch.arange(tokens_1T.shape[1])[None], TargetNeeds(final=True))
+        assert seen.final_BTD is not None, "asked for"
+        return LiveRows(self.model, seen.final_BTD[:, len(prompt) - 1 : -1])
+
+    def logits_after(self, prompt: Sequence[int], answer: Sequence[int], *, together: int) -> Tensor:
+        """Return logits_V after a text whose last `together` tokens are read in one call, float32 or wider."""
+        text, lm = [*prompt, *answer], self.decoder()
+        lm.begin([text[: len(text) - together]])
+        (seen,) = lm.forward([text[len(text) - together :]])
+        assert seen.logits_BTV is not None
+        logits_V = seen.logits_BTV[0, -1]
+        return logits_V.to(torch.promote_types(logits_V.dtype, torch.float32))
 
     @contextmanager
     def for_own_share(self) -> Iterator[Target]:
