@@ -71,6 +71,7 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
         "hidden_transfer_llama3.1_8b": [*EMBEDDED, "drafter.layers=[3, 4, 5]"],
         "layer_skip_llama3.1_8b": EMBEDDED,
         "consistency_llama3.1_8b": EMBEDDED,
+        "hamburger_llama3.1_8b": [*EMBEDDED, "drafter.low_entropy=0.3", "drafter.num_layers=1"],
         "lexical_units_llama3.1_8b": [*EMBEDDED, "drafter.look_ahead_token_id=1"],
         "smollm2_layer_skip": [*EMBEDDED, *EMBEDDED_TEXT],
         "eagle3_llama3.1_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],

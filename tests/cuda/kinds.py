@@ -73,6 +73,14 @@ KINDS: dict[str, Kind] = {
         {"kind": "forward_kl"},
         GENERATED,
     ),
+    "hamburger": Kind(
+        {
+            **{"kind": "hamburger", "segment": 3, "low_entropy": 4.9, "continue_above": 0.4, "num_layers": 1},
+            "tune": {"lora": {"rank": 2}},
+        },
+        {"kind": "forward_kl"},
+        GENERATED,
+    ),
     "kangaroo": Kind({"kind": "kangaroo", "exit_layer": 1}, {"kind": "forward_kl"}, {"cache": "top_k"}),
     "early_exit": Kind({"kind": "early_exit", "exit_layer": 1, "rotation": 1, "tune": {"lora": {"rank": 2}}}),
     "eagle": Kind({"kind": "eagle", "num_steps": 2}),
@@ -164,7 +172,9 @@ ON_POLICY = Kind(
 TUNED = ("medusa2", "early_exit")
 """Kinds that train their target."""
 
-ON_TEXTS = [name for name, kind in KINDS.items() if kind.drafter["kind"] not in ("consistency", "lexical_units")]
+NOTED = ("consistency", "lexical_units", "hamburger")
+
+ON_TEXTS = [name for name, kind in KINDS.items() if kind.drafter["kind"] not in NOTED]
 """They train on texts alone; the others on what the target noted about each, which their recipes write first."""
 
 CHAINS_ONLY = [name for name, kind in KINDS.items() if not drafters.entry(kind.drafter["kind"]).component.drafts_trees]

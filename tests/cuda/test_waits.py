@@ -51,6 +51,7 @@ CHAIN = {
     "consistency": Ceiling(4, 5),
     "consistency_whole": Ceiling(4, 5),
     "lexical_units": Ceiling(5.2, 5.2),
+    "hamburger": Ceiling(6, 6.2),
     "eagle": Ceiling(6, 15),
     "eagle3": Ceiling(6, 15),
     "eagle3_cut": Ceiling(6, 15),
@@ -139,10 +140,10 @@ def test_a_micro_batch_waits_no_more_than_this(name: str, target: Target, tmp_pa
 def rounds(target: Target, drafter: Drafter, length: Any, max_new_tokens: int) -> int:
     """Decode two prompts together and return in how many rounds."""
     ledger = Ledger()
-    proposer = drafter.proposer(target, ledger.append)
     options = {"length": length, "rule": LosslessSettings(), "sampling": Sampling(), "listener": ledger.append}
-    loop = engine(target, proposer, max_new_tokens=max_new_tokens, **options)
-    return max(len(one.rounds) for one in loop.generate(PROMPTS))
+    with drafter.adapting(target) as served:
+        loop = engine(served, drafter.proposer(served, ledger.append), max_new_tokens=max_new_tokens, **options)
+        return max(len(one.rounds) for one in loop.generate(PROMPTS))
 
 
 @pytest.mark.parametrize("tree", [False, True])

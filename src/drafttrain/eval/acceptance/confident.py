@@ -29,7 +29,7 @@ class ConfidentSettings:
 class Confident:
     """Accepts what the lossless rule accepts, and the draft tokens up to the first that the drafter was less sure of.
 
-    It needs a drafter that knows its confidence in a chain (`lexical_units`); other drafts are verified without loss.
+    It needs a drafter that knows its confidence in a chain (`lexical_units`, `hamburger`); other drafts are verified without loss.
 
     Source: Sun et al. 2024, Lexical Unit Decoding, arXiv 2405.15208.
     """
