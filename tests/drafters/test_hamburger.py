@@ -174,7 +174,7 @@ def reference_greedy(reference: Reference, prompt: Prompt, new: int) -> list[int
 @pytest.fixture(scope="module")
 def served(target: Target) -> Iterator[tuple[Hamburger, MergedTarget, Reference]]:
     """A drafter, the target that it serves, and the slow definition of that one."""
-    drafter = lively(target, taps=[0, 1])
+    drafter = lively(target, features=[0, 1])
     tuned = Target(copy.deepcopy(target.model), target.tokenizer, name="copy", fingerprint="")
     assert drafter.tuned is not None
     with drafter.tuned.weights.applied(tuned.model):
@@ -314,7 +314,7 @@ def test_sampled_output_has_the_served_distribution():
     """Enumerated by the definition. Segments of several tokens are drafted, rejected and merged on the way."""
     small = small_target()
     torch.manual_seed(1)
-    drafter = lively(small, taps=[0])
+    drafter = lively(small, features=[0])
     assert drafter.tuned is not None
     with drafter.adapting(small) as merged, torch.no_grad():
         assert isinstance(merged, MergedTarget)
@@ -420,7 +420,7 @@ def test_micro_steps_of_decoding_are_those_of_the_definition(served: Any):
 
 def test_the_loss_is_that_of_each_segment_read_by_itself(target: Target, records: list[Record]):
     """CE of the tokens that join, and the stop head's at every label that another label follows; no step beyond a segment counts."""
-    drafter = lively(target, taps=[0, 1])
+    drafter = lively(target, features=[0, 1])
     noted = segments().of(records[:3], target, seed=0)
     batch = batch_of(records[:3], noted)
     drafter.train()
@@ -493,6 +493,12 @@ def again_logits(merged: Target, text: Any, count: int) -> Tensor:
     return merged.logits_after(text.prompt_tokens, text.tokens[:count], together=1)
 
 
+def test_the_parts_beside_the_target_have_a_learning_rate_of_their_own(target: Target):
+    drafter = create(target, head_lr_multiplier=5.0)
+    factors = {name.partition(".")[0]: drafter.lr_factor(name) for name, _ in drafter.named_parameters()}
+    assert factors == {"weights": 1.0, "embedder": 5.0, "micro": 5.0}
+
+
 def test_a_draft_beyond_its_segment_is_refused(served: Any):
     _, merged, _ = served
     lm = merged.decoder()
@@ -508,13 +514,13 @@ def test_damaged_files_and_other_targets_are_refused(target: Target, trained: Ha
         ("segment", 1, "segment must be a whole number of at least 2, got 1"),
         ("continue_above", "much", "continue_above must be a number of at least 0, got 'much'"),
         ("draft", "beam", "draft must be sampled or greedy, got 'beam'"),
-        ("taps", [2, 1], r"taps: must be different numbers of 0\.\.2 in rising order, got \[2, 1\]"),
+        ("features", [2, 1], r"features: must be different numbers of 0\.\.2 in rising order, got \[2, 1\]"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(CheckpointError, match=message):
             Hamburger.load(tmp_path, target)
-    with pytest.raises(CheckpointError, match=r"drafter\.taps: must be different numbers of 0\.\.2"):
-        create(target, taps=[3])
+    with pytest.raises(CheckpointError, match=r"drafter\.features: must be different numbers of 0\.\.2"):
+        create(target, features=[3])
     windowed = Target(copy.deepcopy(target.model), target.tokenizer, name="windowed", fingerprint="")
     windowed.model.config.sliding_window = 8
     with pytest.raises(CheckpointError, match="cannot tune windowed: it has a sliding window of 8 tokens"):

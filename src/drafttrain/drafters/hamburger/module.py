@@ -59,12 +59,15 @@ class HamburgerSettings(DraftsItselfSettings):
         ge=0,
     )
     num_layers: int = setting(4, help="Layers of the micro decoder.", ge=1)
-    taps: list[int] | None = setting(
+    features: list[int] | None = setting(
         None,
-        help="The target's states that the micro decoder reads, by the block that they enter (n: after the last). null: four, evenly.",
+        help="The target's states that the micro decoder reads: after how many blocks, each. null: four, evenly, the last block's among them.",
     )
     text_weight: float = setting(1.0, help="Weight of the recipe's loss, on the text read in segments.", gt=0)
     stop_weight: float = setting(0.5, help="Weight of the stop head's cross-entropy.", ge=0)
+    head_lr_multiplier: float = setting(
+        1.0, help="The learning rate of embedder and micro decoder is this times train.lr.", gt=0
+    )
     draft: Literal["sampled", "greedy"] = setting(
         "sampled", help="At temperature > 0: a draw at each micro step, or its argmax."
     )
@@ -110,6 +113,7 @@ reads its answers in segments with the embedder in model.safetensors. No serving
         self.draft = draft
         self.text_weight = text_weight
         self.stop_weight = stop_weight
+        self.head_lr_multiplier = 1.0
 
     @classmethod
     def create(cls, settings: HamburgerSettings, *, target: Target | None, tokenizer: Any) -> Hamburger:
@@ -120,12 +124,13 @@ reads its answers in segments with the embedder in model.safetensors. No serving
             target,
             size=settings.segment,
             num_layers=settings.num_layers,
-            taps=_taps(settings.taps, target, key="drafter.taps"),
+            taps=_taps(settings.features, target, key="drafter.features"),
             continue_above=settings.continue_above,
             draft=settings.draft,
             text_weight=settings.text_weight,
             stop_weight=settings.stop_weight,
         )
+        made.head_lr_multiplier = settings.head_lr_multiplier
         made.tune(target, settings)
         return made.double() if target.model.dtype == torch.float64 else made
 
@@ -196,6 +201,10 @@ reads its answers in segments with the embedder in model.safetensors. No serving
         same_BT = batch.documents_BT[:, :-1] == batch.documents_BT[:, 1:]
         return (loss_BT * (judged_BT & same_BT)).sum()
 
+    def lr_factor(self, name: str) -> float:
+        """Return the factor on train.lr for a parameter."""
+        return 1.0 if name.startswith("weights.") else self.head_lr_multiplier
+
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Compile the embedder and the layers of the micro decoder."""
         for part in (self.embedder, *self.micro.layers):
@@ -233,7 +242,7 @@ reads its answers in segments with the embedder in model.safetensors. No serving
             "hidden_size": self.embedder.q_proj.in_features,
             "segment": self.size,
             "num_layers": len(self.micro.layers),
-            "taps": list(self.taps),
+            "features": list(self.taps),
             "continue_above": self.continue_above,
             "draft": self.draft,
         }
@@ -263,7 +272,7 @@ reads its answers in segments with the embedder in model.safetensors. No serving
             target,
             size=size,
             num_layers=num_layers,
-            taps=_taps(config.get("taps"), target, key=f"{path}: taps"),
+            taps=_taps(config.get("features"), target, key=f"{path}: features"),
             continue_above=above,
             draft=config.get("draft", "sampled"),
         )
