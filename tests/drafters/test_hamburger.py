@@ -6,6 +6,7 @@ import copy
 import json
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -500,11 +501,22 @@ def test_the_parts_beside_the_target_have_a_learning_rate_of_their_own(target: T
 
 
 def test_a_draft_beyond_its_segment_is_refused(served: Any):
-    _, merged, _ = served
+    """After the prompt's last token, and where the stop head ends a segment that has room."""
+    _, merged, reference = served
     lm = merged.decoder()
     lm.begin([[3, 4]])
     with pytest.raises(CheckpointError, match="a draft ends with its segment"):
         lm.forward([[5, 6]], needs=TargetNeeds(logits=True))
+    decided = {
+        reference.goes_on([[3], [4], [last]], [first]): (last, first) for last in range(5, 25) for first in (6, 60, 160)
+    }
+    assert set(decided) == {False, True}
+    for on, (last, first) in decided.items():
+        lm.begin([[3, 4]])
+        lm.forward([[last]])
+        lm.keep([[0]])
+        with nullcontext() if on else pytest.raises(CheckpointError, match="a draft ends with its segment"):
+            lm.forward([[first, 6]])
 
 
 def test_damaged_files_and_other_targets_are_refused(target: Target, trained: Hamburger, tmp_path: Path):

@@ -108,11 +108,7 @@ class MergedLM(CachedLM):
             self._sequences, tokens, parents or [range(-1, len(one) - 1) for one in tokens], strict=True
         ):
             sequence.paths = _paths(nodes, tree)
-            if max(map(len, sequence.paths), default=0) > 1 + self.room(sequence):
-                raise CheckpointError(
-                    f"{self.name} in segments of at most {self._parts.size} tokens: a draft ends with its segment; decode with "
-                    "proposers that draft within one (kind hamburger)"
-                )
+        self._check_within_segments()
         rows = [[*one.open, *path] for one in self._sequences for path in one.paths]
         entering = self._merged(rows).split([len(one.paths) for one in self._sequences])
         seen = super().forward(
@@ -161,14 +157,33 @@ class MergedLM(CachedLM):
 
     def goes_on(self, segments: Sequence[Sequence[int]]) -> list[bool]:
         """Return, by sequence, whether the next token belongs to the open segment, if that begins with these tokens."""
-        asked = [
-            number
-            for number, (one, segment) in enumerate(zip(self._sequences, segments, strict=True))
-            if segment and not one.in_prompt and len(segment) < self._parts.size and tuple(segment) not in one.goes_on
-        ]
+        return self._go_on(list(enumerate(segments)))
+
+    def _go_on(self, beginnings: Sequence[tuple[int, Sequence[int]]]) -> list[bool]:
+        """Return, by (sequence, beginning of its open segment), whether the next token belongs to that segment."""
+        asked = {
+            number: segment
+            for number, segment in beginnings
+            if segment
+            and not (one := self._sequences[number]).in_prompt
+            and len(segment) < self._parts.size
+            and tuple(segment) not in one.goes_on
+        }
         if asked:
-            self._look(asked, [segments[number] for number in asked], drafting=False)
-        return [one.goes_on.get(tuple(segment), False) for one, segment in zip(self._sequences, segments, strict=True)]
+            self._look(list(asked), list(asked.values()), drafting=False)
+        return [self._sequences[number].goes_on.get(tuple(segment), False) for number, segment in beginnings]
+
+    def _check_within_segments(self) -> None:
+        """Refuse a draft token whose parent ends the segment: what the call would compute there is no part of p."""
+        longest = max((len(path) for one in self._sequences for path in one.paths), default=0)
+        for depth in range(2, longest + 1):
+            for number, one in enumerate(self._sequences):
+                before = {tuple(path[:-1]) for path in one.paths if len(path) == depth}
+                if not all(self._go_on([(number, [*one.open, *path])])[0] for path in before):
+                    raise CheckpointError(
+                        f"{self.name} in segments of at most {self._parts.size} tokens: a draft ends with its segment; decode with "
+                        "proposers that draft within one (kind hamburger)"
+                    )
 
     def micro_states(self, sequences: Sequence[int], segments: Sequence[Sequence[int]]) -> Tensor:
         """Return states_ND of the micro decoder at the last token of each beginning of an open segment.
