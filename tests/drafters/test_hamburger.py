@@ -500,6 +500,25 @@ def test_the_parts_beside_the_target_have_a_learning_rate_of_their_own(target: T
     assert factors == {"weights": 1.0, "embedder": 5.0, "micro": 5.0}
 
 
+def test_a_whole_copy_of_the_target_is_trained_and_stored(target: Target, records: list[Record], tmp_path: Path):
+    drafter, before = create(target, tune=TuningSettings(lora=None)), target.weights_digest()
+    batch = batch_of(records, segments().of(records, target, seed=0))
+    batch_loss(drafter.train(), CrossEntropy(), batch, vocab_size=V).total.backward()
+    assert all(parameter.grad is not None for parameter in drafter.parameters())
+    with torch.no_grad():
+        for parameter in drafter.weights.parameters():
+            parameter.sub_(1e-4 * parameter.grad)
+    assert target.weights_digest() == before
+    drafter.eval().save(tmp_path)
+    again = Hamburger.load(tmp_path, target)
+    served = again.adapted(target)
+    assert served.name == f"{target.name} tuned in segments"
+    with drafter.adapting(target) as in_memory:
+        assert [one.tokens for one in outputs(served, again.proposer(served))] == [
+            one.tokens for one in outputs(in_memory, drafter.proposer(in_memory))
+        ]
+
+
 def test_a_draft_beyond_its_segment_is_refused(served: Any):
     """After the prompt's last token, and where the stop head ends a segment that has room."""
     _, merged, reference = served
