@@ -46,7 +46,7 @@ LORA = LoraSettings(rank=8, alpha=16.0, target_modules=["q_proj", "v_proj", "o_p
 CHAIN = FixedLength(FixedLengthSettings(SIZE))
 TRUSTED = Confident(ConfidentSettings(0.0))
 # Of different lengths: decoded together they are padded.
-PROMPTS = [Prompt(str(i), [3 + 7 * i, 11, 2 + i, 9][: 2 + i % 3]) for i in range(6)]
+PROMPTS = [Prompt(str(i), [3 + 7 * i, 11, 2 + i, 9][: 2 + i % 3]) for i in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def trained(target: Target, records: list[Record]) -> Hamburger:
     drafter = create(target)
     batch = batch_of(records, segments().of(records, target, seed=0))
     optimizer = torch.optim.Adam(drafter.parameters(), lr=5e-3)
-    for _ in range(60):
+    for _ in range(40):
         optimizer.zero_grad()
         (batch_loss(drafter, CrossEntropy(), batch, vocab_size=V).total / batch.weight_of_step).backward()
         optimizer.step()
@@ -379,8 +379,8 @@ def test_training_reads_what_decoding_reads(served: Any, target: Target):
             torch.testing.assert_close(together_ND, alone_ND, rtol=0, atol=1e-9)
             place += len(complete[index])
             micro_compared += len(complete[index]) > 1
-    assert compared > 80
-    assert micro_compared > 10
+    assert compared > 50
+    assert micro_compared > 5
     # Control: by other segments the same texts give other logits.
     other_BTD = drafter.read(batch, joins_BT.roll(1, dims=1) & batch.loss_mask_BT).final_BTD
     assert float((other_BTD - read.final_BTD).detach()[batch.loss_mask_BT].abs().max()) > 1e-3
@@ -416,7 +416,7 @@ def test_micro_steps_of_decoding_are_those_of_the_definition(served: Any):
         for text, output in zip(texts, seen, strict=True):
             assert output.logits_BTV is not None
             text.append(int(output.logits_BTV[0, -1].argmax()))
-    assert checked > 15
+    assert checked > 10
 
 
 def test_the_loss_is_that_of_each_segment_read_by_itself(target: Target, records: list[Record]):
