@@ -130,7 +130,8 @@ class MergedLM(CachedLM):
             embedded=entering,
         )
         for sequence, output in zip(self._sequences, seen, strict=True):
-            sequence.seen = output
+            # Without logits, which would be kept through the next call.
+            sequence.seen = replace(output, logits_BTV=None)
         return seen
 
     def keep(self, nodes: Sequence[Sequence[int]]) -> None:

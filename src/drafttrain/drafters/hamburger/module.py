@@ -19,11 +19,12 @@ from drafttrain.core.altered_text import AlteredText
 from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
-from drafttrain.core.foreign import read_json
+from drafttrain.core.foreign import one_of, read_json
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.core.tensors import load_into
 from drafttrain.drafters import drafters
+from drafttrain.drafters.drafter import DRAFTS
 from drafttrain.drafters.drafts_itself import DraftsItself, DraftsItselfSettings
 from drafttrain.drafters.hamburger.embedder import SegmentEmbedder
 from drafttrain.drafters.hamburger.merged_lm import ReadingParts
@@ -84,6 +85,7 @@ class Hamburger(DraftsItself):
     """
 
     kind = "hamburger"
+    why_alone = "drafts within one segment only"
     compiles = True
     serving: ClassVar[str] = """\
 TARGET is the original. What is served is another model: the target with adapter/ of this folder (peft's format), or target/, that
@@ -264,8 +266,6 @@ reads its answers in segments with the embedder in model.safetensors. No serving
         ]
         if type(above) not in (int, float) or above < 0:
             problems.append(f"continue_above must be a number of at least 0, got {above!r:.60}")
-        if config.get("draft", "sampled") not in ("sampled", "greedy"):
-            problems.append(f"draft must be sampled or greedy, got {config['draft']!r:.60}")
         if problems:
             raise CheckpointError(f"{path}: {'; '.join(problems)}")
         made = cls(
@@ -274,7 +274,7 @@ reads its answers in segments with the embedder in model.safetensors. No serving
             num_layers=num_layers,
             taps=_taps(config.get("features"), target, key=f"{path}: features"),
             continue_above=above,
-            draft=config.get("draft", "sampled"),
+            draft=one_of(config, "draft", DRAFTS, path=path),
         )
         made.tuning = tuning_in(folder)
         made.to(target.device, getattr(torch, dtype) if isinstance(dtype, str) else dtype or target.model.dtype)
