@@ -31,6 +31,7 @@ from drafttrain.core.target_probs import TargetProbs
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.target_model import Target
+from drafttrain.target_model.cached_lm import CachedLM
 
 RoundListener = Callable[[Context, Round], None]
 """Is called after every round of a sequence; the context contains the tokens of that round."""
