@@ -96,11 +96,11 @@ class Recipe:
                 "drafter.tokenizer: rows of a head that is partitioned over processes cannot be chosen: use train.deepspeed.stage 0, 1 or 2"
             )
         made_of = _component(self.drafter)
-        if made_of is not None and not made_of.trains_partitioned and self.train.zero_stage == 3:
+        if not getattr(made_of, "trains_partitioned", True) and self.train.zero_stage == 3:
             problems.append(
                 f"drafter.kind {made_of.kind} reads parts of weights, which stage 3 partitions over processes: use train.deepspeed.stage 0, 1 or 2"
             )
-        if made_of is not None and not made_of.trains_elsewhere and self.train.device != "auto":
+        if not getattr(made_of, "trains_elsewhere", True) and self.train.device != "auto":
             problems.append(
                 f"train.device: {self.train.device}: {made_of.kind} trains inside the target, on its device: leave it at auto"
             )
