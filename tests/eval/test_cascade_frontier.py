@@ -151,6 +151,7 @@ def test_the_command_writes_a_frontier_of_the_shipped_task(tmp_path: Path):
     ("words", "message"),
     [
         (["cascade.values=[1]"], "a frontier has two different values at least"),
+        (["cascade.by={kind: foreal}", "cascade.values=[0.5,2]"], "values: rho of foreal must be <= 1, got [0.5, 2"),
         (["cascade.cost=h9000"], "cascade.cost: must be one of bytes, flops, seconds, or a GPU: "),
         (["cascade.by={kind: foreal, rho: 2}"], "cascade.by.rho: must be >= 0 and <= 1, got 2"),
         (["cascade.by={kind: fore}"], "unknown cascade 'fore'. Did you mean 'foreal'?"),

@@ -156,6 +156,10 @@ def test_what_cannot_be_measured_is_refused_by_name(target, prompts):
         CheckpointError, match="target: parts of a prompt cannot be kept: texts reach its sliding window"
     ):
         refused(sliding, CausalLMDrafter(random_llama()), [Prompt("a", list(range(1, 40)))])
+    checked = EvalSettings(max_new_tokens=8, checker=NumericSettings(after=""))
+    numbers = Prompt("0", target.tokenizer("[0, 1, 2, 3, 4, 5, 6, ")["input_ids"])
+    with pytest.raises(DataError, match=r"eval\.checker: prompt 0 has no answer that can be compared"):
+        frontier(target, drafter, [numbers], [HALF], evaluation=checked)
     assert LongPromptSettings([SpecKVSettings(), SpecKVSettings()]).check() == ["choices: speckv occurs twice"]
     with pytest.raises(RecipeError):
         refused(target, drafter, prompts, settings=LongPromptSettings([]))

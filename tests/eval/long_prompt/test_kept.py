@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from drafttrain.core.errors import CheckpointError
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Prompt
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
@@ -182,3 +183,9 @@ def test_amounts_are_tokens_or_shares_and_at_least_the_last_token():
     assert [Amount(tokens=5).of(n) for n in (3, 5, 9)] == [3, 5, 5]
     assert [Amount(share=0.25).of(n) for n in (1, 8, 100)] == [1, 2, 25]
     assert [str(Amount(tokens=5)), str(Amount(share=0.25))] == ["5", "25%"]
+
+
+def test_several_prompts_are_refused_with_what_to_do(target):
+    prefill = KeptPrompts({"a": ORDERS["tokens"]}, Amount(tokens=2))
+    with pytest.raises(CheckpointError, match="give generate one prompt, got 2"):
+        prefill(CachedLM(target.model, name="target"), [PROMPT, PROMPT], TargetNeeds())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from drafttrain.core.gpus import MEMORY_AND_BANDWIDTH, gpu_named
@@ -37,6 +37,9 @@ class FrontierSettings:
         problems = []
         if self.values is not None and len(set(self.values)) < 2:
             problems.append(f"values: a frontier has two different values at least, got {self.values}")
+        most = next(one for one in fields(self.by) if one.name == self.by.swept).metadata.get("le")
+        if most is not None and any(value > most for value in self.values or ()):
+            problems.append(f"values: {self.by.swept} of {self.by.kind} must be <= {most:g}, got {self.values}")
         if self.cost not in COUNTED and gpu_named(self.cost) is None:
             problems.append(
                 f"cost: must be one of {', '.join(COUNTED)}, or a GPU: {', '.join(MEMORY_AND_BANDWIDTH)}; got {self.cost!r:.60}"

@@ -80,7 +80,7 @@ def frontier(
 
     Raises:
         CheckpointError: The drafter is no language model of the target's tokens, or the attention of a model cannot be observed.
-        DataError: A prompt is too short.
+        DataError: A prompt is too short, or has no answer that the checker can read.
         RecipeError: Settings that contradict each other.
     """
     settings, evaluation = settings or LongPromptSettings(), evaluation or EvalSettings()
@@ -209,4 +209,7 @@ class _Measured:
             prefill=prefill,
         )
         assert self._checker is not None
-        return solved(self._checker, self._target.tokenizer, [prompt], engine.generate([prompt]))
+        try:
+            return solved(self._checker, self._target.tokenizer, [prompt], engine.generate([prompt]))
+        except ValueError as error:
+            raise DataError(f"eval.checker: prompt {prompt.id} has no answer that can be compared: {error}") from error

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from drafttrain.core.errors import CheckpointError
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Prompt
 from drafttrain.target_model.cached_lm import CachedLM
@@ -96,6 +97,14 @@ class KeptPrompts:
     amount: Amount
 
     def __call__(self, lm: CachedLM, prompts: Sequence[Prompt], needs: TargetNeeds) -> list[TargetOutput]:
-        """Read a prompt without its last token."""
+        """Read a prompt without its last token.
+
+        Raises:
+            CheckpointError: There are several prompts.
+        """
+        if len(prompts) > 1:
+            raise CheckpointError(
+                f"reduced prompts are read one at a time: give generate one prompt, got {len(prompts)}"
+            )
         (prompt,) = prompts
         return self.orders[prompt.id].prefill(lm, prompt, self.amount.of(len(prompt.tokens)), needs)
