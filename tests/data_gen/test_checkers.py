@@ -36,6 +36,8 @@ def test_digits_with_spaces_are_one_number_only_where_that_is_set():
     assert Numeric(NumericSettings(after="")).answer("3 and 4", id="") == 4
     assert Numeric().correct("answer 0.50", "1/2", id="")
     assert not Numeric().correct("nothing", "1", id="")
+    with pytest.raises(ValueError, match="Invalid literal"):
+        Numeric().correct("nothing", "", id="")
 
 
 def unit_tests(tmp_path: Path, tests: str, **settings: object) -> UnitTests:

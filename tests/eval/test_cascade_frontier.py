@@ -156,7 +156,9 @@ def test_the_command_writes_a_frontier_of_the_shipped_task(tmp_path: Path):
         (["cascade.by={kind: foreal, rho: 2}"], "cascade.by.rho: must be >= 0 and <= 1, got 2"),
         (["cascade.by={kind: fore}"], "unknown cascade 'fore'. Did you mean 'foreal'?"),
         (["cascade.by={kind: random}"], "tokens: null needs marks"),
-        (["cascade.draft={kind: tree}"], "draft: tree is a tree"),
+        (["cascade.by={kind: foreal}", "cascade.draft={kind: tree}"], "draft: tree is a tree"),
+        (["cascade.by={kind: bild}", "cascade.draft={kind: fixed}"], "draft: bild needs each token as it is written"),
+        (["cascade.draft={kind: fixed}"], "draft: entropy needs each token as it is written"),
         (
             ["cascades.cost=bytes"],
             "cascades: only these can be given here: target.key=value, eval.key=value, cascade.key",

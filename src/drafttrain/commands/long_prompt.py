@@ -133,4 +133,5 @@ def _draw(axes: Sequence[Any], result: LongPromptResult) -> None:
             ax.set(xlabel=f"kept share of the prompt's {of}", ylabel={"tvd": "TVD"}.get(name, "recall of attention"))
             if points:
                 ax.legend(fontsize=6, frameon=False)
-    axes[0].set_title("LOSSY: target with a part of the prompt", fontsize=8)
+    for ax in axes:
+        ax.set_title("LOSSY: target with a part of the prompt", fontsize=8)

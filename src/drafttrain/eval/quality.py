@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from drafttrain.core.errors import DataError
 from drafttrain.core.texts import Prompt
 from drafttrain.data_gen.checkers import Checker
 from drafttrain.eval.interval import Interval
@@ -68,9 +69,19 @@ def agreement(own: Sequence[Output], found: Sequence[Output], units: Sequence[st
 def solved(checker: Checker, tokenizer: Any, prompts: Sequence[Prompt], generations: Sequence[Output]) -> list[float]:
     """Return 1 for every prompt that its output solves, else 0."""
     texts = [tokenizer.decode(list(one.tokens), skip_special_tokens=True) for one in generations]
-    return [
-        float(checker.correct(text, prompt.answer, id=prompt.id)) for prompt, text in zip(prompts, texts, strict=True)
-    ]
+    return [float(solves(checker, prompt, text)) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def solves(checker: Checker, prompt: Prompt, text: str) -> bool:
+    """Return whether a text solves a prompt.
+
+    Raises:
+        DataError: The prompt has no answer that can be compared.
+    """
+    try:
+        return checker.correct(text, prompt.answer, id=prompt.id)
+    except ValueError as error:
+        raise DataError(f"eval.checker: prompt {prompt.id} has no answer that can be compared: {error}") from error
 
 
 def task_score(found: Sequence[float], own: Sequence[float]) -> TaskScore:

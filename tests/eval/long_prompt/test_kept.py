@@ -189,3 +189,10 @@ def test_several_prompts_are_refused_with_what_to_do(target):
     prefill = KeptPrompts({"a": ORDERS["tokens"]}, Amount(tokens=2))
     with pytest.raises(CheckpointError, match="give generate one prompt, got 2"):
         prefill(CachedLM(target.model, name="target"), [PROMPT, PROMPT], TargetNeeds())
+
+
+def test_states_of_tokens_that_were_left_out_are_refused(target):
+    prefill, lm = KeptPrompts({PROMPT.id: ORDERS["tokens"]}, Amount(tokens=2)), CachedLM(target.model, name="target")
+    with pytest.raises(CheckpointError, match="no states at the tokens left out"):
+        prefill(lm, [PROMPT], TargetNeeds(final=True))
+    prefill(lm, [PROMPT], TargetNeeds())

@@ -149,6 +149,21 @@ def test_best_of_n_and_particles_return_the_solution_of_the_highest_reward():
         assert method(ask(OneStep(leaves), reward, 6 * STEP_TOKENS)).text == "2"
 
 
+def test_a_solution_that_has_ended_is_not_scored_again():
+    # A third of the solutions ends after a step; the others need three.
+    leaves = [(0,), *((branch, *rest) for branch in (1, 2) for rest in itertools.product(range(WIDTH), repeat=2))]
+    tree, scored = Tree(leaves), []
+
+    def reward(prompt: str, texts: Sequence[str]) -> list[float]:
+        scored.extend(texts)
+        return [0.5] * len(texts)
+
+    question = ask(tree, reward, 40 * STEP_TOKENS)
+    particle_filter(question)
+    assert scored.count("0") == tree.drawn[()] // WIDTH
+    assert question.num_rewards == len(scored) == sum(tree.drawn.values())
+
+
 def test_particles_follow_the_odds_of_their_rewards():
     second_steps: Counter[str] = Counter()
 

@@ -198,3 +198,11 @@ def test_the_frontier_counts_what_each_search_spent_on_sums_with_written_steps()
     assert max(largest) == 1, "the reward knows the answer"
     nothing = search_frontier(target, steps, [replace(one, answer="-1") for one in prompts], reward, checker, [150])
     assert all(one.accuracy.value == 0 for one in nothing.points), "control: another answer"
+
+
+def test_a_solution_ends_at_its_longest_length_also_within_a_step(target):
+    steps = sampled(target, sampling=Sampling(0.0), max_step_tokens=7, max_new_tokens=9)
+    partial = steps.start(PROMPT)
+    while not partial.ended:
+        (partial,) = steps.next(partial, 1)
+    assert list(partial.tokens[len(PROMPT.tokens) :]) == greedy(target, PROMPT, 9, stop=0)

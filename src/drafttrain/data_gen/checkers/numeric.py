@@ -42,6 +42,10 @@ class Numeric:
             return None
 
     def correct(self, text: str, reference: str, *, id: str) -> bool:
-        """Return whether the number equals the reference."""
-        found = self.answer(text, id=id)
-        return found is not None and found == Fraction(reference.replace(",", "").strip())
+        """Return whether the number equals the reference.
+
+        Raises:
+            ValueError: The reference is no number.
+        """
+        wanted = Fraction(reference.replace(",", "").strip())
+        return self.answer(text, id=id) == wanted

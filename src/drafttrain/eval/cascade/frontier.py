@@ -173,10 +173,7 @@ class _Run:
         return sum(map(count, self.outputs)) / len(self.outputs)
 
     def check(self, checker: Checker, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
-        try:
-            self.solved = solved(checker, tokenizer, prompts, self.outputs)
-        except ValueError as error:
-            raise DataError(f"eval.checker: a prompt has no answer that can be compared: {error}") from error
+        self.solved = solved(checker, tokenizer, prompts, self.outputs)
 
 
 def _decoded(

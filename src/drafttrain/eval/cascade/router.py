@@ -46,6 +46,8 @@ class CascadeSettings:
     """The setting that moves it between the models."""
     values: ClassVar[Sequence[float]]
     """Of that setting, for a frontier where nothing else is asked for."""
+    drafts: ClassVar[bool] = True
+    """The large model's spans may be drafted: several tokens come at once."""
 
     @property
     def unit(self) -> Unit:

@@ -209,7 +209,4 @@ class _Measured:
             prefill=prefill,
         )
         assert self._checker is not None
-        try:
-            return solved(self._checker, self._target.tokenizer, [prompt], engine.generate([prompt]))
-        except ValueError as error:
-            raise DataError(f"eval.checker: prompt {prompt.id} has no answer that can be compared: {error}") from error
+        return solved(self._checker, self._target.tokenizer, [prompt], engine.generate([prompt]))

@@ -100,11 +100,17 @@ class KeptPrompts:
         """Read a prompt without its last token.
 
         Raises:
-            CheckpointError: There are several prompts.
+            CheckpointError: There are several prompts, or states are read of tokens that are left out.
         """
         if len(prompts) > 1:
             raise CheckpointError(
                 f"reduced prompts are read one at a time: give generate one prompt, got {len(prompts)}"
             )
         (prompt,) = prompts
-        return self.orders[prompt.id].prefill(lm, prompt, self.amount.of(len(prompt.tokens)), needs)
+        order = self.orders[prompt.id]
+        if isinstance(order, TokenOrder) and (needs.hidden or needs.final):
+            raise CheckpointError(
+                "reduced prompts of tokens have no states at the tokens left out, and this proposer reads states of the target: "
+                "keep keys (speckv), or draft with a language model"
+            )
+        return order.prefill(lm, prompt, self.amount.of(len(prompt.tokens)), needs)

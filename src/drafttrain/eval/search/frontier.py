@@ -11,6 +11,7 @@ from drafttrain.core.provenance import provenance
 from drafttrain.core.texts import Prompt
 from drafttrain.data_gen.checkers import Checker
 from drafttrain.eval.interval import Comparison, Interval
+from drafttrain.eval.quality import solves
 from drafttrain.eval.result import LOSSY
 from drafttrain.eval.search.methods import Method, Question, a_star, best_of_n, particle_filter
 from drafttrain.eval.search.rewards import Reward
@@ -84,7 +85,7 @@ def search_frontier(
             for (name, budget), counts in found.items():
                 question = Question(prompt, text, steps, reward, budget, seed)
                 best = methods[name](question)
-                solved = best is not None and checker.correct(best.text, prompt.answer, id=prompt.id)
+                solved = best is not None and solves(checker, prompt, best.text)
                 counts.append((float(solved), question.spent, question.num_rewards))
                 bar.advance()
     ones = [1] * len(prompts)

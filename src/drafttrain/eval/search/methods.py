@@ -114,16 +114,20 @@ def particle_filter(question: Question, *, num_particles: int = 4) -> Any:
     found: list[tuple[float, Any]] = []
     while not question.over:
         start = question.steps.start(question.prompt)
-        particles = [start] * num_particles
-        while not all(one.ended for one in particles) and not question.over:
-            particles = [one if one.ended or question.over else question.expand(one, 1)[0] for one in particles]
-            # The budget may end before every particle has a step.
-            particles = [one for one in particles if one is not start]
-            rated = list(zip(question.rewards(particles), particles, strict=True))
-            found += [(reward, one) for reward, one in rated if one.ended or question.over]
+        rated: list[tuple[float, Any]] = [(0.0, start)] * num_particles
+        while not all(one.ended for _, one in rated) and not question.over:
+            # Those that have ended keep their reward. The budget may end before every particle has a step.
+            moved = [question.expand(one, 1)[0] if not one.ended and not question.over else None for _, one in rated]
+            new = [one for one in moved if one is not None]
+            scored = list(zip(question.rewards(new), new, strict=True))
+            stay = [pair for pair, after in zip(rated, moved, strict=True) if after is None and pair[1] is not start]
+            rated = stay + scored
+            found += [pair for pair in scored if pair[1].ended]
+            if question.over:
+                found += [pair for pair in rated if not pair[1].ended]
             odds = _odds([reward for reward, _ in rated])
             chosen = torch.multinomial(odds, num_particles, replacement=True, generator=generator)
-            particles = [particles[place] for place in chosen.tolist()]
+            rated = [rated[place] for place in chosen.tolist()]
     return _best(found)
 
 

@@ -94,6 +94,7 @@ class SampledSteps:
                 f"search: {type(proposer).__name__} reads the target while it reads the prompt: use a drafter.kind causal_lm, or none"
             )
         self._target = target
+        self._max_step_tokens = max_step_tokens
         self._max_new_tokens = max_new_tokens
         self._start: CachedPartial | None = None
         self._from: CachedText | None = None
@@ -132,6 +133,8 @@ class SampledSteps:
         assert not partial.ended, "a solution that has ended has no next step"
         self._drawn += 1
         self._from = partial.cache
+        left = self._max_new_tokens - (len(partial.tokens) - len(partial.prompt.tokens))
+        self._engine.max_new_tokens = min(self._max_step_tokens, left)
         prompt = replace(partial.prompt, id=f"{partial.prompt.id}/{self._drawn}", tokens=partial.tokens)
         (generation,) = self._engine.generate([prompt], on_round=self._keep)
         tokens = (*partial.tokens, *generation.tokens)

@@ -35,6 +35,7 @@ class BildSettings(CascadeSettings):
     max_tokens: int = setting(10, help="Tokens of the small model in a row at most.", ge=1)
 
     swept: ClassVar[str] = "fallback"
+    drafts: ClassVar[bool] = False
     values: ClassVar[Sequence[float]] = (0.3, 0.5, 0.6, 0.7, 0.9)
 
     @property

@@ -30,6 +30,7 @@ class EntropySettings(CascadeSettings):
     dwell: int = setting(4, help="Tokens that a model writes at least before the other one may.", ge=1)
 
     swept: ClassVar[str] = "threshold"
+    drafts: ClassVar[bool] = False
     values: ClassVar[Sequence[float]] = (0.125, 0.25, 0.5, 1.0, 2.0)
 
     @property
