@@ -126,6 +126,13 @@ def test_a_map_is_read_back_and_a_damaged_one_is_refused(method: str) -> None:
     assert again.method == method
     np.testing.assert_array_equal(again(confidence), fitted(confidence))
     key = "chances" if method == "isotonic" else "scale"
-    for wrong in ({}, {"method": "mean"}, held | {key: "x"}, held | {key: [0.9, 0.1]}, held | {key: -1}):
+    for wrong in (
+        {},
+        {"method": "mean"},
+        held | {key: "x"},
+        held | {key: [0.9, 0.1]},
+        held | {key: -1},
+        held | {key: [10**400] if method == "isotonic" else 10**400},
+    ):
         with pytest.raises(ValueError, match="must be"):
             read_map(wrong)

@@ -519,6 +519,15 @@ def test_a_whole_copy_of_the_target_is_trained_and_stored(target: Target, record
         ]
 
 
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_validation_during_training_leaves_all_weights_trainable(target: Target, lora: LoraSettings | None):
+    drafter = create(target, tune=TuningSettings(lora=lora)).train()
+    with drafter.adapting(target):
+        pass
+    assert all(parameter.requires_grad for parameter in drafter.parameters())
+    assert not any(parameter.requires_grad for parameter in target.model.parameters())
+
+
 def test_a_draft_beyond_its_segment_is_refused(served: Any):
     """After the prompt's last token, and where the stop head ends a segment that has room."""
     _, merged, reference = served

@@ -18,6 +18,7 @@ from drafttrain.drafters.causal_lm.dense import dense_from
 from drafttrain.pipeline.data import training_data
 from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.pipeline.plan import plan_of
+from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.loading import load_causal_lm
 from tests.conftest import byte_tokenizer
 from tests.drafters.test_dense import mixture
@@ -60,6 +61,25 @@ def test_layers_are_chosen_once_on_the_texts_of_the_run(recipe: Path, tmp_path: 
     later: Any = DrafterRun(load_recipe(recipe), tmp_path / "run").drafter
     assert same(later.model, cut_from(run.target.model, others, width=None))
     assert not same(later.model, drafter.model), "the control"
+
+
+def test_another_recipe_or_another_text_chooses_again(recipe: Path, tmp_path: Path) -> None:
+    folder, text = tmp_path / "run", tmp_path / "text.txt"
+    text.write_text("pack my box with five dozen liquor jugs; " * 30)
+    source = f"data.sources=[{{kind: text, path: {text}}}]"
+
+    def chosen(*overrides: str) -> list[int]:
+        run = DrafterRun(load_recipe(recipe, [source, *overrides]), folder)
+        training_data(run)
+        assert len(blocks(run.drafter.model)) == run.recipe.drafter.num_layers
+        layers: list[int] = read_json(run.folder.choice)["layers"]
+        return layers
+
+    assert len(chosen()) == 2
+    assert len(chosen("drafter.num_layers=3")) == 3, "nothing is trained yet, so the recipe may change"
+    write_json(folder / "choice.json", {"layers": [9, 9, 9]})
+    text.write_text("sphinx of black quartz, judge my vow; " * 30)
+    assert 9 not in chosen("drafter.num_layers=3"), "the texts that it was chosen on have changed"
 
 
 def test_a_plan_needs_no_text(recipe: Path) -> None:

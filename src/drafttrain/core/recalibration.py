@@ -5,6 +5,7 @@ N = pairs, M = confidences that are mapped
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
@@ -204,4 +205,5 @@ def _rises(given: Any) -> bool:
 
 
 def _finite(given: Any) -> bool:
-    return type(given) in (int, float) and bool(np.isfinite(given))
+    # NumPy refuses whole numbers of more than 64 bits.
+    return type(given) in (int, float) and abs(given) <= sys.float_info.max

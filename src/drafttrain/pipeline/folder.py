@@ -161,6 +161,7 @@ class RunFolder:
             raise RecipeError(f"{self.path}: holds a run of another recipe: {self._advice(recipe)}", changes)
         say(f"{self.path}: nothing is trained here yet, so the recipe may change: {'; '.join(changes)}")
         self.contamination.unlink(missing_ok=True)
+        self.choice.unlink(missing_ok=True)
         shutil.rmtree(self.start, ignore_errors=True)
         if _labelling(held) != _labelling(recipe):
             shutil.rmtree(self.labelled, ignore_errors=True)
@@ -213,6 +214,7 @@ class RunFolder:
             self.remove_results()
             self.contamination.unlink(missing_ok=True)
         if trained_on:
+            self.choice.unlink(missing_ok=True)
             relabelled = any(key.startswith(inputs.LABELS) for key in trained_on)
             for made in (self.start, self.validation, *([self.labelled] if relabelled else [])):
                 shutil.rmtree(made, ignore_errors=True)

@@ -21,9 +21,11 @@ class MergedTarget(Target):
     generates: ClassVar[bool] = False
 
     def __init__(self, target: Target, parts: ReadingParts) -> None:
-        super().__init__(
-            target.model, target.tokenizer, name=f"{target.name} in segments", fingerprint=target.fingerprint
-        )
+        # Not by Target.__init__: it freezes the model's weights, which in training are the copy that is trained.
+        self.model = target.model
+        self.tokenizer = target.tokenizer
+        self.name = f"{target.name} in segments"
+        self.fingerprint = target.fingerprint
         self._parts = parts
 
     def decoder(self, *, name: str = "target", listener: ForwardListener | None = None) -> MergedLM:
