@@ -551,7 +551,9 @@ def test_damaged_files_and_other_targets_are_refused(target: Target, trained: Ha
     trained.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for key, value, message in (
-        ("segment", 1, "segment must be a whole number of at least 2, got 1"),
+        ("segment", 1, "segment must be a whole number of 2 to 4096, got 1"),
+        ("segment", 10**12, "segment must be a whole number of 2 to 4096, got 1000000000000"),
+        ("continue_above", float("nan"), "continue_above must be a number of at least 0, got nan"),
         ("continue_above", "much", "continue_above must be a number of at least 0, got 'much'"),
         ("draft", "beam", "draft must be sampled or greedy, got 'beam'"),
         ("features", [2, 1], r"features: must be different numbers of 0\.\.2 in rising order, got \[2, 1\]"),

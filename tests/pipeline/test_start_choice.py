@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from drafttrain.config.load import load_recipe
-from drafttrain.core.errors import RecipeError
+from drafttrain.core.errors import CheckpointError, RecipeError
 from drafttrain.core.files import write_json
 from drafttrain.core.foreign import read_json
 from drafttrain.drafters.causal_lm.cut import cut_from
+from drafttrain.drafters.causal_lm.cut_choice import CutChoice
 from drafttrain.drafters.causal_lm.cut_settings import CutSettings
 from drafttrain.drafters.causal_lm.dense import dense_from
+from drafttrain.drafters.causal_lm.module import CausalLMSettings
 from drafttrain.pipeline.data import training_data
 from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.pipeline.plan import plan_of
@@ -114,3 +116,11 @@ def test_a_cut_needs_a_target(recipe: Path) -> None:
         load_recipe(recipe, ["drafter.cut={layers: [0, 1, 2]}"])
     with pytest.raises(RecipeError, match=r"drafter\.cut\.layers"):
         load_recipe(recipe, ["drafter.cut={layers: middle}"])
+
+
+@pytest.mark.parametrize("layers", [None, ["a", "b"], [2, 1], [0], [0, 0], "all"])
+def test_a_damaged_choice_is_refused_by_name(layers):
+    given = CausalLMSettings(init="target", num_layers=2, cut=CutSettings(layers="ablation"))
+    with pytest.raises(CheckpointError, match=r"choice\.json: layers must be 2 different whole numbers"):
+        CutChoice(given).settings({"layers": layers} if layers is not None else {})
+    assert CutChoice(given).settings({"layers": [0, 3]}).cut.layers == [0, 3]

@@ -91,7 +91,9 @@ def check_calibration(path: Path, *, target: Target, drafter: Path) -> None:
     try:
         made = MadeFor(**held)
     except TypeError as error:
-        raise CheckpointError(f"{path}: not a file of drafttrain calibrate: {error}") from error
+        raise CheckpointError(
+            f"{path}: not a file of drafttrain calibrate: made_for must name its target and drafter, got {held!r:.60}"
+        ) from error
     if others := differing_models(made, target=target, drafter=drafter):
         raise CheckpointError(
             f"{path}: was fitted for {' and '.join(others)}. Run drafttrain calibrate for these models"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from drafttrain.core.console import say
+from drafttrain.core.errors import CheckpointError
 from drafttrain.core.texts import Record
 from drafttrain.drafters.causal_lm.ablation import layers_by_ablation
 from drafttrain.drafters.causal_lm.dense import dense_config, routing_shares
@@ -49,6 +50,27 @@ class CutChoice(StartChoice):
         return found
 
     def settings(self, choice: Mapping[str, Any]) -> Any:
-        """Return the settings with what was chosen."""
+        """Return the settings with what was chosen.
+
+        Raises:
+            CheckpointError: It is not what these settings leave open.
+        """
         chosen = {name: choice[name] for name in CHOSEN if name in choice}
+        layers, shares = chosen.get("layers"), chosen.get("shares")
+        count = self.given.num_layers
+        if self.given.cut.layers == "ablation" and not (
+            isinstance(layers, list)
+            and len(layers) == count
+            and all(type(one) is int and one >= 0 for one in layers)
+            and sorted(set(layers)) == layers
+        ):
+            raise CheckpointError(
+                f"choice.json: layers must be {count} different whole numbers, ascending, got {layers!r:.60}: remove the file"
+            )
+        if self.given.cut.measures_routing and not (
+            isinstance(shares, list) and all(isinstance(own, list | None) for own in shares)
+        ):
+            raise CheckpointError(
+                f"choice.json: shares must be a list of numbers for each layer, got {shares!r:.60}: remove the file"
+            )
         return replace(self.given, cut=replace(self.given.cut, **chosen))

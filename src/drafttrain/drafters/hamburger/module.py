@@ -42,6 +42,8 @@ from drafttrain.target_model.matrix_products import head_parameters
 from drafttrain.target_model.rolling_back import window_of
 
 NUM_TAPS = 4
+MOST = 4096
+"""Of the places in a segment and of the layers of the micro decoder, in a folder from outside."""
 
 
 @dataclass(kw_only=True)
@@ -260,11 +262,11 @@ reads its answers in segments with the embedder in model.safetensors. No serving
         config: Any = read_json(path)
         size, num_layers, above = (config.get(name) for name in ("segment", "num_layers", "continue_above"))
         problems = [
-            f"{name} must be a whole number of at least {least}, got {value!r:.60}"
+            f"{name} must be a whole number of {least} to {MOST}, got {value!r:.60}"
             for name, value, least in (("segment", size, 2), ("num_layers", num_layers, 1))
-            if type(value) is not int or value < least
+            if type(value) is not int or not least <= value <= MOST
         ]
-        if type(above) not in (int, float) or above < 0:
+        if type(above) not in (int, float) or not above >= 0:
             problems.append(f"continue_above must be a number of at least 0, got {above!r:.60}")
         if problems:
             raise CheckpointError(f"{path}: {'; '.join(problems)}")
