@@ -76,9 +76,10 @@ def draw(axes: Sequence[Any], frontier: Frontier) -> None:
         costs, values = [one.cost[frontier.axis].value for one in points], [quality(one) for one in points]
         reach = [[one.value - one.low for one in values], [one.high - one.value for one in values]]
         ax.errorbar(costs, [one.value for one in values], yerr=reach, fmt=style, ms=4, lw=1.2, label=label(name))
-    for step in frontier.steps:
+    for number, step in enumerate(frontier.steps):
         at = (step.cascade.cost[frontier.axis].value, quality(step.cascade).value)
-        ax.annotate(f"{step.value:g}", at, textcoords="offset points", xytext=(4, 4), fontsize=6)
+        # Neighbours may lie at one place.
+        ax.annotate(f"{step.value:g}", at, textcoords="offset points", xytext=(4, (4, -10, 12)[number % 3]), fontsize=6)
     solved = frontier.large.solved is not None
     ax.set(
         xlabel=f"cost: {_axis(frontier)}",
