@@ -204,7 +204,7 @@ def test_the_cache_holds_the_slots_of_the_committed_text_made_of_true_features(t
                 checked += 1
             return proposals
 
-    proposer = Watched(drafter, vocab_size=257, num_tokens=257, device=target.device)
+    proposer = Watched(drafter, target)
     for policy in (CHAIN, TREE):
         Engine(target, proposer, rule=Lossless(), policy=policy, sampling=Sampling(), max_new_tokens=NEW).generate(
             PROMPTS

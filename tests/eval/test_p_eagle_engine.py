@@ -167,9 +167,8 @@ def test_a_chain_is_fixed_at_every_temperature(target):
             assert all(set(one.kinds_N[1:].tolist()) <= {NodeKind.FIXED.value} for one in proposals)
             return proposals
 
-    sizes: dict[str, Any] = {"vocab_size": 257, "num_tokens": target.num_tokens, "device": target.device}
     for temperature in (0.0, 1.0):
-        options = {"proposer": Watched(drafter, **sizes), "temperature": temperature}
+        options = {"proposer": Watched(drafter, target), "temperature": temperature}
         together = decoded(target, drafter, **options)
         alone = [decoded(target, drafter, prompts=[one], **options)[0] for one in PROMPTS]
         assert [g.tokens for g in together] == [g.tokens for g in alone]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from drafttrain.cli.app import Debug, Target, exit_codes, names_and_overrides
+from drafttrain.cli.app import Debug, Target, exit_codes, names_and_overrides, not_one_drafter
 from drafttrain.core.errors import RecipeError
 
 
@@ -67,7 +67,7 @@ def ask(
     """
     with exit_codes(debug=debug):
         named, overrides = names_and_overrides(drafter)
-        problems = [] if len(named) == 1 else [f"give one drafter, got {len(named)} names"]
+        problems = not_one_drafter(named)
         batches, contexts = _sizes("--batch", batch, problems), _sizes("--context", context, problems, least=0)
         if problems:
             raise RecipeError("arguments", problems)

@@ -142,6 +142,11 @@ def names_and_overrides(words: list[str] | None) -> tuple[list[str], list[str]]:
     return [word for word in words if not OVERRIDE.match(word)], [word for word in words if OVERRIDE.match(word)]
 
 
+def not_one_drafter(named: list[str]) -> list[str]:
+    """Return what is wrong with the names of a command that takes one drafter."""
+    return [] if len(named) == 1 else [f"give one drafter, got {len(named)} names"]
+
+
 def recipe_and_run_folder(name: str, overrides: list[str] | None, *, smoke: bool, runs: Path) -> tuple["Recipe", Path]:
     """Return the recipe and its run folder: the named one if it is a run folder and not renamed, else `runs/<name>`."""
     from drafttrain.config.load import load_recipe

@@ -14,6 +14,7 @@ from drafttrain.cli.app import (
     Target,
     exit_codes,
     names_and_overrides,
+    not_one_drafter,
     only_first_process,
     recipe_and_run_folder,
 )
@@ -148,7 +149,7 @@ def calibrate(
     with exit_codes(debug=debug):
         only_first_process()
         named, overrides = names_and_overrides(drafter)
-        problems = [] if len(named) == 1 else [f"give one drafter, got {len(named)} names"]
+        problems = not_one_drafter(named)
         if not 0 <= temperature < float("inf"):
             problems.append(f"--temperature: a number of 0 or more, got {temperature:g}")
         if problems:
@@ -210,7 +211,7 @@ def long_prompt(
     with exit_codes(debug=debug):
         only_first_process()
         named, overrides = names_and_overrides(drafter)
-        problems = [] if len(named) == 1 else [f"give one drafter, got {len(named)} names"]
+        problems = not_one_drafter(named)
         if prompts is not None and any(override.startswith("eval.prompts=") for override in overrides):
             problems.append("--prompts and eval.prompts both name prompts: remove one")
         numbers = _amounts(keep, problems)

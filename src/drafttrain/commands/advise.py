@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from drafttrain.checkpoint import read_about, read_drafter
-from drafttrain.commands.named_drafters import folders_of, length_of
+from drafttrain.checkpoint import read_drafter
+from drafttrain.commands.named_drafters import folders_of, length_of, target_named
 from drafttrain.config.load import load_sections
 from drafttrain.core.console import say, table
 from drafttrain.core.errors import CheckpointError, RecipeError
@@ -150,10 +150,7 @@ def advise(question: Question, *, out: Path | None = None) -> Advice:
 def _opened(question: Question) -> _Opened:
     folder = exported_in(folders_of([question.drafter])[0])
     of_target, settings = load_sections(["target", "eval"], question.overrides)
-    about = read_about(folder)
-    if not (target := question.target or (about.target if about else None)):
-        raise CheckpointError(f"{question.drafter}: no target is named in it. Give --target MODEL")
-    of_target = replace(of_target, model=target)
+    of_target = replace(of_target, model=target_named(folder, named=question.drafter, target=question.target))
     check_drafters(of_target, [str(folder)])
     loaded = Target.load(of_target)
     result = _evaluation(folder, loaded)

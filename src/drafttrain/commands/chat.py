@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from drafttrain.checkpoint import read_about, read_drafter
-from drafttrain.commands.named_drafters import folders_of, length_of
+from drafttrain.checkpoint import read_drafter
+from drafttrain.commands.named_drafters import folders_of, length_of, target_named
 from drafttrain.config.load import load_sections
 from drafttrain.core.console import complain, say, table
-from drafttrain.core.errors import CheckpointError, DrafttrainError
+from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.generations import Generation
 from drafttrain.core.marked_text import MarkedOutput
 from drafttrain.core.texts import Sampling
@@ -85,9 +85,7 @@ def open_drafter(name: str, target: str | None, given: Sequence[str]) -> Opened:
     quiet_libraries()
     folder = exported_in(folders_of([name])[0])
     of_target, settings = load_sections(["target", "eval"], given)
-    about = read_about(folder)
-    if not (target := target or (about.target if about else None)):
-        raise CheckpointError(f"{name}: no target is named in it. Give --target MODEL")
+    target = target_named(folder, named=name, target=target)
     of_target = replace(of_target, model=target)
     check_drafters(of_target, [str(folder)])
     check_can_chat(load_target_tokenizer(of_target), name=target)

@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
 
-from drafttrain.checkpoint import read_about
 from drafttrain.commands.fit import fit
 from drafttrain.commands.made_models import with_made_models
-from drafttrain.commands.named_drafters import folders_of
+from drafttrain.commands.named_drafters import evaluated_on, folders_of
 from drafttrain.config.load import load_sections
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
@@ -127,13 +126,8 @@ def evaluate_named(
     quiet_libraries()
     of_target, settings = load_sections(["target", "eval"], overrides)
     named = dict(zip(drafters, folders_of(list(drafters.values())), strict=True))
-    if target is None and not any(override.startswith("target.model=") for override in overrides):
-        (spelled, first), *_ = zip(drafters.values(), named.values(), strict=True)
-        about = read_about(first)
-        if about is None:
-            raise CheckpointError(f"{spelled}: no target is named in it. Give --target MODEL")
-        target = about.target
-    of_target = replace(of_target, model=target) if target else of_target
+    (spelled, first), *_ = zip(drafters.values(), named.values(), strict=True)
+    of_target = evaluated_on(of_target, first, named=spelled, target=target, overrides=overrides)
     check_drafters(of_target, [str(one) for one in named.values()])
     loaded = Target.load(of_target)
     unfinished = out / "eval.unfinished" if out else None

@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from drafttrain.checkpoint import read_about, read_drafter
-from drafttrain.commands.named_drafters import folders_of
+from drafttrain.checkpoint import read_drafter
+from drafttrain.commands.named_drafters import evaluated_on, folders_of
 from drafttrain.config.load import load_sections
 from drafttrain.core.console import say, table
-from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
 from drafttrain.eval.interval import number, p_value
 from drafttrain.eval.long_prompt.frontier import frontier
@@ -59,12 +58,7 @@ def measure_long_prompts(
     if prompts is not None:
         evaluation = replace(evaluation, prompts=prompts, prompt_tokens=None)
     (folder,) = folders_of([drafter])
-    about = read_about(folder)
-    if target is None and not any(one.startswith("target.model=") for one in overrides):
-        if about is None:
-            raise CheckpointError(f"{drafter}: no target is named in it. Give --target MODEL")
-        target = about.target or None
-    of_target = replace(of_target, model=target) if target else of_target
+    of_target = evaluated_on(of_target, folder, named=drafter, target=target, overrides=overrides)
     check_drafters(of_target, [str(folder)])
     loaded = Target.load(of_target)
     texts = read_prompts(

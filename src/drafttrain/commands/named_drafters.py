@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from drafttrain.checkpoint import read_about
 from drafttrain.config.load import load_sections
 from drafttrain.core.errors import CheckpointError, RecipeError
 from drafttrain.target_model.folders import resolve_folder
+from drafttrain.target_model.settings import TargetSettings
 
 
 def folders_of(drafters: Sequence[str]) -> list[Path]:
@@ -27,6 +30,40 @@ def folders_of(drafters: Sequence[str]) -> list[Path]:
     if problems:
         raise RecipeError("arguments", problems)
     return folders
+
+
+def target_named(folder: Path, *, named: str, target: str | None) -> str:
+    """Return the given target, or the one that a drafter was trained for.
+
+    Args:
+        named: How the drafter was named.
+
+    Raises:
+        CheckpointError: There is neither.
+    """
+    about = read_about(folder)
+    if not (found := target or (about.target if about else None)):
+        raise CheckpointError(f"{named}: no target is named in it. Give --target MODEL")
+    return found
+
+
+def evaluated_on(
+    of_target: TargetSettings, folder: Path, *, named: str, target: str | None, overrides: Sequence[str]
+) -> TargetSettings:
+    """Return the settings of the target on which a drafter is evaluated: the given one, that of an override, else the drafter's own.
+
+    A drafter of a run without a target is evaluated on the one of the settings.
+
+    Args:
+        overrides: Those that `of_target` was read with.
+
+    Raises:
+        CheckpointError: There is none, and the folder is no drafter folder.
+    """
+    if target is None and not any(override.startswith("target.model=") for override in overrides):
+        about = read_about(folder)
+        target = target_named(folder, named=named, target=None) if about is None else about.target
+    return replace(of_target, model=target) if target else of_target
 
 
 def length_of(stored: Mapping[str, Any]) -> Any:

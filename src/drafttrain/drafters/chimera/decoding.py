@@ -26,6 +26,8 @@ from drafttrain.drafters.tree_draft import DraftNode
 class ChimeraModel(ChimeraLayers, Protocol):
     """What decoding needs of the drafter."""
 
+    draft: str
+    """See `Drafter.draft`."""
     lm_heads: nn.ModuleList
     fc: nn.Linear
     blocks: ResidualBlocks

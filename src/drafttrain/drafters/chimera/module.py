@@ -190,14 +190,7 @@ class ChimeraDrafter(OwnVocabulary, EagleDrafter):
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the proposer of chains and trees."""
-        return ChimeraProposer(
-            self,
-            vocab_size=target.vocab_size,
-            num_tokens=target.num_tokens,
-            device=target.device,
-            listener=listener,
-            draft=self.draft,
-        )
+        return ChimeraProposer(self, target, listener)
 
     @property
     def embedding_row_bytes(self) -> int:

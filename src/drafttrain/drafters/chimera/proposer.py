@@ -24,30 +24,14 @@ from drafttrain.drafters.eagle.decoding import rows_at
 from drafttrain.drafters.eagle.feature_proposer import FeatureProposer
 from drafttrain.drafters.eagle.levels import drafted_chains, drafted_trees
 from drafttrain.drafters.tree_draft import DraftNode
+from drafttrain.target_model import Target
 
 
 class ChimeraProposer(FeatureProposer[DecodingChimera]):
     """Each call reads the newest tokens: first the root, with the target's new features, then the draft tokens of a level."""
 
-    def __init__(
-        self,
-        model: ChimeraModel,
-        *,
-        vocab_size: int,
-        num_tokens: int,
-        device: torch.device,
-        listener: ForwardListener | None = None,
-        draft: str = "sampled",
-    ) -> None:
-        super().__init__(
-            model,
-            DecodingChimera(model, device=device),
-            vocab_size=vocab_size,
-            num_tokens=num_tokens,
-            device=device,
-            listener=listener,
-            draft=draft,
-        )
+    def __init__(self, model: ChimeraModel, target: Target, listener: ForwardListener | None = None) -> None:
+        super().__init__(model, DecodingChimera(model, device=target.device), target, listener)
         self._model = model
         part = model.layer.self_attn
         self._projections = weights_of(part.q_proj, part.k_proj, part.v_proj)

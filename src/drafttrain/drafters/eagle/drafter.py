@@ -72,14 +72,7 @@ class EagleDrafter(Drafter):
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the proposer of chains and dynamic trees."""
-        return EagleProposer(
-            cast(EagleModel, self),
-            vocab_size=target.vocab_size,
-            num_tokens=target.num_tokens,
-            device=target.device,
-            listener=listener,
-            draft=self.draft,
-        )
+        return EagleProposer(cast(EagleModel, self), target, listener)
 
     def trained_as(self, own: dict[str, Any]) -> Self:
         """Return this drafter in training mode, with these training settings."""

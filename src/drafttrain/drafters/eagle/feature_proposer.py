@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from drafttrain.core.proposals import Context, Verdict
@@ -18,10 +17,14 @@ from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.drafters.chain_draft import ChainDraft
 from drafttrain.drafters.eagle.unread import UnreadText
 from drafttrain.drafters.tree_draft import TreeDraft
+from drafttrain.target_model import Target
 
 
 class ReadsFeatures(Protocol):
     """A drafter that reads the target's features."""
+
+    draft: str
+    """`sampled`, or `greedy`: chains are FIXED at every temperature, as some engines draft."""
 
     @property
     def vocabulary(self) -> Tensor | None:
@@ -57,27 +60,14 @@ class FeatureProposer(Generic[L]):
 
     Args:
         layers: Those that draft, with their cache.
-        vocab_size: Width of the rows of q.
-        num_tokens: Ids that the tokenizer can produce; the others get no probability.
-        draft: `sampled`, or `greedy`: chains are FIXED at every temperature, as some engines draft.
     """
 
-    def __init__(
-        self,
-        model: ReadsFeatures,
-        layers: L,
-        *,
-        vocab_size: int,
-        num_tokens: int,
-        device: torch.device,
-        listener: ForwardListener | None = None,
-        draft: str = "sampled",
-    ) -> None:
+    def __init__(self, model: ReadsFeatures, layers: L, target: Target, listener: ForwardListener | None) -> None:
         self.needs = model.needs()
-        vocabulary = DraftVocabulary(model.vocabulary, num_tokens=num_tokens)
-        self._device = device
-        self._draft = ChainDraft(vocabulary, vocab_size, draft)
-        self._tree_draft = TreeDraft(vocabulary, vocab_size, draft)
+        vocabulary = DraftVocabulary(model.vocabulary, num_tokens=target.num_tokens)
+        self._device = target.device
+        self._draft = ChainDraft(vocabulary, target.vocab_size, model.draft)
+        self._tree_draft = TreeDraft(vocabulary, target.vocab_size, model.draft)
         self._listener = listener
         self._contexts: list[Context] = []
         self._layers = layers

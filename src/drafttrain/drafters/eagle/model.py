@@ -55,6 +55,9 @@ class EagleModel(Protocol):
     in place of the features.
     """
 
+    draft: str
+    """See `Drafter.draft`."""
+
     @property
     def layer(self) -> DraftLayer:
         """The decoder layer."""

@@ -23,6 +23,7 @@ from drafttrain.drafters.eagle.feature_proposer import FeatureProposer
 from drafttrain.drafters.eagle.levels import drafted_chains, drafted_trees
 from drafttrain.drafters.eagle.model import EagleModel
 from drafttrain.drafters.tree_draft import DraftNode
+from drafttrain.target_model import Target
 
 
 class EagleProposer(FeatureProposer[DecodingEagle]):
@@ -32,25 +33,8 @@ class EagleProposer(FeatureProposer[DecodingEagle]):
     it is known. So at the start of a round the last committed slot is unread; reading it gives the first draft token.
     """
 
-    def __init__(
-        self,
-        model: EagleModel,
-        *,
-        vocab_size: int,
-        num_tokens: int,
-        device: torch.device,
-        listener: ForwardListener | None = None,
-        draft: str = "sampled",
-    ) -> None:
-        super().__init__(
-            model,
-            DecodingEagle(model, device=device),
-            vocab_size=vocab_size,
-            num_tokens=num_tokens,
-            device=device,
-            listener=listener,
-            draft=draft,
-        )
+    def __init__(self, model: EagleModel, target: Target, listener: ForwardListener | None = None) -> None:
+        super().__init__(model, DecodingEagle(model, device=target.device), target, listener)
         self._weights = model.decoding_weights()
 
     @torch.no_grad()

@@ -13,9 +13,8 @@ import torch
 
 from drafttrain.core.altered_text import Alteration
 from drafttrain.core.errors import DataError
-from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Record
-from drafttrain.drafters.text_notes import Notes, TextNotes
+from drafttrain.drafters.text_notes import Notes, TextNotes, logits_of
 from drafttrain.target_model import Target
 
 ALONE = 0
@@ -55,17 +54,11 @@ class Segments(TextNotes):
     @torch.no_grad()
     def of(self, records: Sequence[Record], target: Target, *, seed: int) -> list[Notes]:
         """Return the place of every token in its segment."""
-        longest = max(len(record.tokens) for record in records)
-        # Padding at the end of a row is read after all tokens of its text.
-        tokens_BT = torch.tensor([[*one.tokens, *[0] * (longest - len(one.tokens))] for one in records])
-        positions_BT = torch.arange(longest).expand(len(records), -1)
-        rows = target.rows_of(target.read(tokens_BT, positions_BT, TargetNeeds(final=True)))
         found: list[Notes] = []
-        for number, record in enumerate(records):
-            index_N = torch.arange(len(record.tokens) - 1) + number * longest
+        for record, parts in zip(records, logits_of(records, target), strict=True):
             entropies = [0.0]
-            for part_N in index_N.split(ROWS_AT_ONCE):
-                log_NV = rows.at(part_N)[:, : target.num_tokens].float().log_softmax(dim=-1)
+            for logits_NV in parts:
+                log_NV = logits_NV.log_softmax(dim=-1)
                 entropies += (-(log_NV.exp() * log_NV).sum(dim=-1)).tolist()
             places = places_in_segments(record.loss_mask, entropies, size=self.size, low=self.low, ratio=self.ratio)
             found.append(np.array(places, np.int32)[:, None])

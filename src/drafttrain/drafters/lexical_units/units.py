@@ -14,9 +14,8 @@ import torch
 
 from drafttrain.core.altered_text import Alteration
 from drafttrain.core.errors import DataError
-from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Record
-from drafttrain.drafters.text_notes import Notes, TextNotes
+from drafttrain.drafters.text_notes import Notes, TextNotes, logits_of
 from drafttrain.target_model import Target
 
 NOTHING = -1
@@ -54,19 +53,13 @@ class LexicalUnits(TextNotes):
     @torch.no_grad()
     def of(self, records: Sequence[Record], target: Target, *, seed: int) -> list[Notes]:
         """Return the place of every label in its unit."""
-        longest = max(len(record.tokens) for record in records)
-        # Padding at the end of a row is read after all tokens of its text.
-        tokens_BT = torch.tensor([[*one.tokens, *[0] * (longest - len(one.tokens))] for one in records])
-        positions_BT = torch.arange(longest).expand(len(records), -1)
-        rows = target.rows_of(target.read(tokens_BT, positions_BT, TargetNeeds(final=True)))
         found: list[Notes] = []
-        for number, record in enumerate(records):
-            index_N = torch.arange(len(record.tokens) - 1) + number * longest
-            labels_N = torch.tensor(record.tokens[1:], dtype=torch.long)
+        for record, parts in zip(records, logits_of(records, target), strict=True):
             sure = [False]
-            for part_N, label_N in zip(index_N.split(ROWS_AT_ONCE), labels_N.split(ROWS_AT_ONCE), strict=True):
-                probs_NV = rows.at(part_N)[:, : target.num_tokens].float().softmax(dim=-1).cpu()
-                sure += (probs_NV.gather(1, label_N[:, None])[:, 0] >= self.threshold).tolist()
+            for logits_NV in parts:
+                labels = record.tokens[len(sure) : len(sure) + len(logits_NV)]
+                labels_N1 = torch.tensor(labels, dtype=torch.long, device=logits_NV.device)[:, None]
+                sure += (logits_NV.softmax(dim=-1).gather(1, labels_N1)[:, 0] >= self.threshold).tolist()
             found.append(np.array(places_in_units(record.loss_mask, sure), np.int32)[:, None])
         return found
 

@@ -238,14 +238,7 @@ class PEagleDrafter(Eagle3Drafter):
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the proposer of chains and trees."""
-        return PEagleProposer(
-            self,
-            vocab_size=target.vocab_size,
-            num_tokens=target.num_tokens,
-            device=target.device,
-            listener=listener,
-            draft=self.draft,
-        )
+        return PEagleProposer(self, target, listener)
 
     def decoding_weights(self) -> tuple[Weights, Weights, Weights, int]:
         """Return the weights of (the fusion, the layers, the head with its norm), and the bytes of one embedding row."""

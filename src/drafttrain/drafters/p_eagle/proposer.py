@@ -19,30 +19,14 @@ from drafttrain.core.texts import Sampling
 from drafttrain.drafters.eagle.feature_proposer import FeatureProposer
 from drafttrain.drafters.p_eagle.decoding import DecodingPEagle, PEagleModel
 from drafttrain.drafters.tree_draft import Trees
+from drafttrain.target_model import Target
 
 
 class PEagleProposer(FeatureProposer[DecodingPEagle]):
     """Drafts chains and trees. The last committed slot gives the first draft token, the mask slots after it give the others."""
 
-    def __init__(
-        self,
-        model: PEagleModel,
-        *,
-        vocab_size: int,
-        num_tokens: int,
-        device: torch.device,
-        listener: ForwardListener | None = None,
-        draft: str = "greedy",
-    ) -> None:
-        super().__init__(
-            model,
-            DecodingPEagle(model, device=device),
-            vocab_size=vocab_size,
-            num_tokens=num_tokens,
-            device=device,
-            listener=listener,
-            draft=draft,
-        )
+    def __init__(self, model: PEagleModel, target: Target, listener: ForwardListener | None = None) -> None:
+        super().__init__(model, DecodingPEagle(model, device=target.device), target, listener)
         self._num_depths = model.num_depths
         self._weights = model.decoding_weights()
 

@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 
 from drafttrain.core.device_time import Span as DeviceSpan
-from drafttrain.core.errors import CheckpointError
 from drafttrain.core.probability import draw
 from drafttrain.core.proposals import Context
 from drafttrain.core.random import stream
@@ -76,10 +75,7 @@ class CascadeEngine:
     """
 
     def __init__(self, pair: Pair, router: Router) -> None:
-        if pair.draft is not None and router.reads_entropies:
-            raise CheckpointError(
-                "cascade.draft: this kind reads the distribution of each token as it is written: set draft: null"
-            )
+        assert pair.draft is None or not router.reads_entropies, "`decoder_of` refuses it"
         self.pair, self.router, self.ledger = pair, router, Ledger()
         target, sampling = pair.target, pair.sampling
         small_lm = CachedLM(pair.small, name="drafter", listener=self.ledger.append)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from drafttrain.core.console import progress
-from drafttrain.core.errors import DataError
+from drafttrain.core.errors import CheckpointError, DataError
 from drafttrain.core.generations import ForwardEvent
 from drafttrain.core.gpus import gpu_named
 from drafttrain.core.proposals import Exactness
@@ -191,7 +191,13 @@ def _decoded(
 
 
 def decoder_of(settings: Any, pair: Pair) -> Decoder:
-    """Return the decoder of a kind's settings."""
+    """Return the decoder of a kind's settings.
+
+    Raises:
+        CheckpointError: The kind cannot be drafted for so.
+    """
+    if why := settings.why_no_draft(pair.draft):
+        raise CheckpointError(f"cascade.draft: {why}")
     found: Decoder = cascades.entry(settings.kind).component.create(settings, pair)  # type: ignore[attr-defined]
     return found
 

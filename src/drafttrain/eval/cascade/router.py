@@ -54,6 +54,14 @@ class CascadeSettings:
         """What is routed as one: random routing draws the writer of each."""
         raise NotImplementedError
 
+    def why_no_draft(self, draft: Any) -> str | None:
+        """Return why this length policy cannot draft for the large model's spans; None: it can, or it is null."""
+        if draft is None:
+            return None
+        if not self.drafts:
+            return f"{self.kind} needs each token as it is written: set draft: null"  # type: ignore[attr-defined]
+        return f"{draft.kind} is a tree: use one that drafts chains" if getattr(draft, "most_children", 1) > 1 else None
+
     def at(self, value: float) -> Any:
         """Return a copy with another value of the swept setting."""
         return replace(self, **{self.swept: value})  # type: ignore[type-var]

@@ -44,8 +44,6 @@ class FrontierSettings:
             problems.append(
                 f"cost: must be one of {', '.join(COUNTED)}, or a GPU: {', '.join(MEMORY_AND_BANDWIDTH)}; got {self.cost!r:.60}"
             )
-        if self.draft is not None and not self.by.drafts:
-            problems.append(f"draft: {self.by.kind} needs each token as it is written: set draft: null")
-        if self.draft is not None and getattr(self.draft, "most_children", 1) > 1:
-            problems.append(f"draft: {self.draft.kind} is a tree: use one that drafts chains")
+        if why := self.by.why_no_draft(self.draft):
+            problems.append(f"draft: {why}")
         return problems

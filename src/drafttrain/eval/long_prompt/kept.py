@@ -79,7 +79,16 @@ class TokenOrder:
         return sum(float(mass_GP[:, kept_W.to(mass_GP.device)].sum()) for mass_GP in mass_LGP)
 
     def prefill(self, lm: CachedLM, prompt: Prompt, count: int, needs: TargetNeeds) -> list[TargetOutput]:
-        """Read the best tokens of a prompt without its last one."""
+        """Read the best tokens of a prompt without its last one.
+
+        Raises:
+            CheckpointError: States are read of tokens that are left out.
+        """
+        if needs.hidden or needs.final:
+            raise CheckpointError(
+                "reduced prompts of tokens have no states at the tokens left out, and this proposer reads states of the target: "
+                "keep keys (speckv), or draft with a language model"
+            )
         kept = self.kept(count)
         places = [[*kept, len(prompt.tokens) - 1]] if self.positions == "kept" else None
         return lm.begin([[prompt.tokens[place] for place in kept]], needs=needs, positions=places)
@@ -100,17 +109,11 @@ class KeptPrompts:
         """Read a prompt without its last token.
 
         Raises:
-            CheckpointError: There are several prompts, or states are read of tokens that are left out.
+            CheckpointError: There are several prompts, or the order of one cannot be read with these needs.
         """
         if len(prompts) > 1:
             raise CheckpointError(
                 f"reduced prompts are read one at a time: give generate one prompt, got {len(prompts)}"
             )
         (prompt,) = prompts
-        order = self.orders[prompt.id]
-        if isinstance(order, TokenOrder) and (needs.hidden or needs.final):
-            raise CheckpointError(
-                "reduced prompts of tokens have no states at the tokens left out, and this proposer reads states of the target: "
-                "keep keys (speckv), or draft with a language model"
-            )
-        return order.prefill(lm, prompt, self.amount.of(len(prompt.tokens)), needs)
+        return self.orders[prompt.id].prefill(lm, prompt, self.amount.of(len(prompt.tokens)), needs)

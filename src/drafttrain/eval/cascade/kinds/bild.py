@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from drafttrain.core.device_time import Span as DeviceSpan
-from drafttrain.core.errors import CheckpointError
 from drafttrain.core.generations import Round
 from drafttrain.core.settings import setting
 from drafttrain.core.texts import Prompt
@@ -49,8 +48,6 @@ class Bild:
     """A round of the lossless engine's loop: the small model's tokens until it falls back, then one call and a token of the large one."""
 
     def __init__(self, settings: BildSettings, pair: Pair) -> None:
-        if pair.draft is not None:
-            raise CheckpointError("cascade.draft: bild drafts by its own settings: set draft: null")
         self._ledger = Ledger()
         self._engine = Engine(
             pair.target,
