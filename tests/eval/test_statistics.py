@@ -11,7 +11,7 @@ import pytest
 from drafttrain.core.generations import Generation
 from drafttrain.eval.figures import compare
 from drafttrain.eval.gate import shortfalls
-from drafttrain.eval.interval import Interval, p_value
+from drafttrain.eval.interval import Interval, number, p_value
 from drafttrain.eval.metrics import PromptCounts
 from drafttrain.eval.quality import agreement, task_score
 from drafttrain.eval.result import PairedComparison
@@ -176,3 +176,9 @@ def test_a_promise_of_one_prompt_has_no_interval():
     assert promise is not None
     assert promise.block_efficiency.text(1) == "2.0 (no interval, n = 1)"
     assert [promise.verdict(x, x) for x in (1.9, 2.0, 2.1)] == ["below", "kept", "above"]
+
+
+def test_a_rounded_zero_has_no_sign():
+    assert number(-0.0004) == "0.00"
+    assert number(-0.006) == "-0.01"
+    assert number(-0.0004, 4) == "-0.0004"

@@ -69,4 +69,4 @@ def p_value(value: float | None) -> str:
 
 def number(value: float | None, digits: int = 2) -> str:
     """Return a number with this many digits; `n/a` where there was nothing to count."""
-    return "n/a" if value is None or value != value else f"{value:.{digits}f}"
+    return "n/a" if value is None or value != value else f"{value:z.{digits}f}"
