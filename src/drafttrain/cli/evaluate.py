@@ -18,6 +18,7 @@ from drafttrain.cli.app import (
     only_first_process,
     recipe_and_run_folder,
 )
+from drafttrain.commands.named_prompts import prompts_named_twice
 from drafttrain.config.bundled import is_recipe
 from drafttrain.core.errors import RecipeError
 
@@ -211,9 +212,7 @@ def long_prompt(
     with exit_codes(debug=debug):
         only_first_process()
         named, overrides = names_and_overrides(drafter)
-        problems = not_one_drafter(named)
-        if prompts is not None and any(override.startswith("eval.prompts=") for override in overrides):
-            problems.append("--prompts and eval.prompts both name prompts: remove one")
+        problems = [*not_one_drafter(named), *prompts_named_twice(prompts, overrides)]
         numbers = _amounts(keep, problems)
         if problems:
             raise RecipeError("arguments", problems)
