@@ -18,7 +18,7 @@ SMALL = ("eval.num_prompts=4", "eval.max_new_tokens=32", "eval.prompt_tokens=16"
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     path = tmp_path_factory.mktemp("calibrated") / "out" / "c.json"
     out, _ = call(
-        *("calibrate", "builtin:drafter", "--target", "builtin:target", "--temperature", "0", *SMALL),
+        *("calibrate", "builtin:drafter", "--temperature", "0", *SMALL),
         *("--out", str(path)),
     )
     return path, out

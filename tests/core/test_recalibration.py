@@ -107,6 +107,22 @@ def test_scalings_have_the_greatest_likelihood() -> None:
         assert log_likelihood(Temperature(scale, 0.0)(confidence), accepted) < best
 
 
+def test_where_chances_fall_platts_map_is_the_likeliest_constant_of_its_labels() -> None:
+    accepted = np.array([1, 1, 1, 0, 1, 0, 0])
+    fitted = Scaled.fit(np.linspace(0.1, 0.9, 7), accepted)
+    assert fitted.scale == 0
+    # By hand: 4 accepted of 7, so labels of 5/6 and 1/5.
+    labels = np.where(accepted == 1, 5 / 6, 1 / 5)
+    constant = float(fitted(0.5))
+    assert constant == pytest.approx(labels.mean())
+    assert constant != pytest.approx(accepted.mean(), abs=1e-3), "control: the plain mean"
+
+    def likelihood(chance: float) -> float:
+        return float((labels * np.log(chance) + (1 - labels) * np.log(1 - chance)).sum())
+
+    assert likelihood(constant) > max(likelihood(constant + 0.01), likelihood(constant - 0.01))
+
+
 @pytest.mark.parametrize("method", FITS)
 def test_separated_and_one_sided_pairs_have_a_map(method: str) -> None:
     for accepted in ([0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]):

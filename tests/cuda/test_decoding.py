@@ -22,6 +22,7 @@ from drafttrain.eval.length import length_policies
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.length.tree import TreeSettings
 from drafttrain.eval.proposers import Surroundings, make, proposers
+from drafttrain.eval.proposers.jacobi import Jacobi
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
 from drafttrain.target_model import Target
 from tests.cuda.kinds import KINDS, SEARCHED
@@ -87,7 +88,10 @@ def test_every_length_policy(name: str, target: Target, drafter_of: Any, heads_o
 @pytest.mark.parametrize("name", acceptance_rules.names())
 def test_every_rule(name: str, temperature: float, target: Target, drafter_of: Any, heads_of: dict[str, str]) -> None:
     rule = of_registry(acceptance_rules, heads_of, "judge", name)
-    decode(target, drafter_of("causal_lm"), rule=rule, sampling=Sampling(temperature))
+    if name == "jacobi_exit":
+        decode(target, None, Jacobi(), rule=rule, sampling=Sampling(temperature))
+    else:
+        decode(target, drafter_of("causal_lm"), rule=rule, sampling=Sampling(temperature))
 
 
 @pytest.mark.parametrize("name", proposers.names())

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from drafttrain.data_gen.stored.validation_target import _Texts
 from drafttrain.data_gen.stored.wanted import Wanted
 from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
+from tests.training.layouts import small_files
 
 WANTED = Wanted("states", TargetNeeds(hidden=(1,)), 0, "float32")
 SYSTEM = list(range(60, 90))
@@ -215,27 +215,14 @@ def test_shards_of_an_earlier_version_get_checksums(target: Target, tmp_path: Pa
         rows(built(tmp_path, target, texts), 0)
 
 
-@pytest.fixture
-def _large_disk_afterwards() -> Iterator[None]:
-    yield
-    limit_files(None)
-
-
-def limit_files(limit: int | None) -> None:
-    """Let no file grow beyond some bytes, as on a full disk."""
-    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most if limit is None else limit, most))
-
-
-@pytest.mark.usefixtures("small_shards", "_large_disk_afterwards")
+@pytest.mark.usefixtures("small_shards")
 def test_a_full_disk_leaves_the_shards_so_far_and_the_same_command_writes_the_rest(
     target: Target, tmp_path: Path
 ) -> None:
     texts = [list(range(10)), list(range(50, 90)), list(range(10, 20))]
-    limit_files(30 * 32 * 4)
-    with pytest.raises(DataError, match=r"no room for shard 1 .*\(File too large\)\. The shards before it are whole"):
+    no_room = r"no room for shard 1 .*\(File too large\)\. The shards before it are whole"
+    with small_files(30 * 32 * 4), pytest.raises(DataError, match=no_room):
         built(tmp_path, target, texts)
-    limit_files(None)
     before = times(tmp_path)
     assert set(before) == {"hidden_1-00000.npy", "final-00000.npy"}
     assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob(".*.part"))

@@ -13,12 +13,13 @@ import torch
 from drafttrain.checkpoint import About, write_about
 from drafttrain.core.altered_text import packed_alterations
 from drafttrain.core.batches import DraftBatch
-from drafttrain.core.errors import DataError
+from drafttrain.core.errors import CheckpointError, DataError
 from drafttrain.core.proposals import fixed_chain
 from drafttrain.core.target_probs import TargetProbs
 from drafttrain.core.texts import Prompt, Record
 from drafttrain.data_gen.packing import as_padding, pack
 from drafttrain.data_gen.stored.noted_texts import RECORDS_A_SHARD, NotedTexts
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.drafters.consistency.module import Consistency, ConsistencySettings
 from drafttrain.drafters.consistency.trajectories import NOTHING, Trajectories, blocks_of, num_updates
 from drafttrain.drafters.lora import LoraSettings
@@ -27,6 +28,9 @@ from drafttrain.eval.acceptance.jacobi_exit import JacobiExit, JacobiExitSetting
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
+from drafttrain.eval.proposers.jacobi import Jacobi
+from drafttrain.eval.proposers.ngram import Ngram
+from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.losses.ce import CrossEntropy
 from drafttrain.losses.step import batch_loss
@@ -38,6 +42,7 @@ from tests.eval.decoding import decode, greedy
 N = 6
 LORA = LoraSettings(rank=8, alpha=16.0, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"])
 CHAIN = FixedLength(FixedLengthSettings(N))
+REPEATING = [Prompt("a", [3, 4, 5, 6, 3, 4, 5, 6, 3, 4])]
 PROMPTS = [Prompt(str(i), [3 + 7 * i, 11, 2 + i]) for i in range(4)]
 
 
@@ -288,6 +293,15 @@ def test_early_exit_that_is_off_is_lossless(target: Target):
         assert sum(len(one.rounds) for one in early) < sum(len(one.rounds) for one in exact)
     first = outputs(JacobiExit(JacobiExitSettings(max_changed=0, max_rounds=1)))
     assert all(part.num_accepted == part.num_draft_tokens for one in first for part in one.rounds)
+
+
+def test_early_exit_of_drafts_that_are_no_iterates_is_refused(target: Target):
+    rule = JacobiExit(JacobiExitSettings())
+    for proposer in (CausalLMDrafter(target.model).proposer(target), Ngram()):
+        with pytest.raises(CheckpointError, match=r"jacobi_exit ends an iteration, .* drafter\.kind consistency"):
+            decode(target, proposer, prompts=REPEATING, policy=CHAIN, rule=rule, new=12, stop_tokens=())
+    for allowed in (Jacobi(), NoDraft()):
+        decode(target, allowed, prompts=REPEATING, policy=CHAIN, rule=rule, new=12, stop_tokens=())
 
 
 def test_changes_are_counted_over_the_whole_chain():

@@ -181,6 +181,12 @@ def test_what_cannot_be_made_dense_is_refused() -> None:
     for model, cut, message in cases:
         with pytest.raises(CheckpointError, match=message):
             dense_from(model, cut)
+    quantized = mixture("mixtral")
+    quantized.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(
+        CheckpointError, match=r"drafter\.cut\.experts: the weights are quantized \(fp8\): give the model from before"
+    ):
+        dense_from(quantized, CutSettings(experts=1, shares=[[1.0] * 4] * 3))
     # All of its layers read a window; those of a dense Qwen3 only from some layer on.
     window = mixture("qwen3_moe", use_sliding_window=True, sliding_window=64)
     shares = routing_shares(target_of(window), records())

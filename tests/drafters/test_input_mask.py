@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +19,15 @@ from drafttrain.drafters.input_mask import InputMask
 from drafttrain.drafters.matformer.module import MatFormerDrafter, MatFormerSettings
 from drafttrain.drafters.sorted_lm.module import SortedLMDrafter, SortedLMSettings
 from drafttrain.losses.ce import CrossEntropy, CrossEntropySettings
+from drafttrain.losses.forward_kl import ForwardKL
 from drafttrain.losses.step import BatchLoss, batch_loss, with_plan
+from drafttrain.online.route import OnlineSetup, Route
+from drafttrain.online.settings import OnlineSettings
+from drafttrain.online.versions import Versions, publish_first
 from drafttrain.target_model import Target
+from drafttrain.training.settings import TrainSettings
 from tests.conftest import byte_tokenizer, random_llama
+from tests.export import folders
 
 MASK, IDS = 257, 257
 SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
@@ -140,6 +147,34 @@ def test_the_mask_token_is_one_that_no_text_has(capsys: pytest.CaptureFixture[st
     # Without a target, ids are those of the tokenizer.
     with pytest.raises(CheckpointError, match="no unused id"):
         CausalLMDrafter.create(settings, target=None, tokenizer=full.tokenizer)
+
+
+def test_a_drafter_that_is_loaded_to_learn_online_masks_what_it_reads(tmp_path: Path) -> None:
+    target = padded_target()
+    settings = CausalLMSettings(**SIZES, input_mask_ratio=0.3)
+    drafter = CausalLMDrafter.create(settings, target=target, tokenizer=target.tokenizer)
+    publish_first(Versions(tmp_path / "drafters"), folders.save(drafter, tmp_path / "start", target))
+    batch, read = batch_of(30, 20), []
+    for given in (settings, None):
+        setup = OnlineSetup(
+            target=target,
+            online=OnlineSettings(),
+            train=TrainSettings(batch_size=4, warmup_steps=0, schedule="constant"),
+            loss=ForwardKL,
+            max_length=40,
+            num_draft_tokens=2,
+            dtype="float32",
+            seed=0,
+            drafter=given,
+        )
+        route = Route("", setup, Versions(tmp_path / "drafters"))
+        assert route.serving.input_mask is None
+        learning = route.learner.drafter
+        with torch.no_grad():
+            read.append(learning.train()(batch).states_BTD[1])
+    with torch.no_grad():
+        assert torch.equal(read[0], learning(drafter.input_mask.on(batch)).states_BTD[1])
+    assert not torch.equal(*read), "control: without the settings it reads every token"
 
 
 def test_settings_that_do_not_go_together_are_named() -> None:

@@ -215,6 +215,12 @@ def test_what_has_no_nested_widths_is_refused(target: Target) -> None:
     for given, why in cases:
         assert why in "; ".join(MatFormerSettings(**given).check())
     assert not MatFormerSettings().check()
+    quantized = plain()
+    quantized.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(
+        CheckpointError, match=r"first feed-forward neurons: the weights are quantized \(bitsandbytes\)"
+    ):
+        gated_mlps(quantized)
     mlp = gated_mlps(plain())[0]
     states = torch.randn(1, 3, 32)
     assert torch.equal(run(mlp, 48, states), mlp(states))

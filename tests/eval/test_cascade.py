@@ -237,6 +237,33 @@ def test_foreal_leads_sentences_with_their_first_tokens():
     assert spans == [lead, rest, lead, lead, rest, rest]
 
 
+def test_a_mark_that_the_small_model_completes_ends_the_sentence_that_was_led(target, small):
+    """Against a slow loop that decodes the whole sentence after every token."""
+    lead, large, tokenizer = 2, Writer.LARGE, byte_tokenizer()
+
+    def plain(prompt: Prompt, mark: str) -> list[int]:
+        text, sentence = list(prompt.tokens), list[int]()
+        for _ in range(NEW):
+            model = target.model if len(sentence) < lead else small
+            with torch.no_grad():
+                sentence.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
+            text.append(sentence[-1])
+            if mark in tokenizer.decode(sentence, skip_special_tokens=True):
+                sentence = []
+        return text[len(prompt.tokens) :]
+
+    num_led_again = 0
+    for prompt in PROMPTS:
+        # The last token of the lead and the small model's first one.
+        mark = tokenizer.decode(by_hand(target, small, prompt, [large, large, Writer.SMALL])[1:])
+        if len(mark) != 2:
+            continue
+        (found,) = written(ForealSettings(1.0, lead, [mark]), pair_of(target, small), [prompt])
+        assert list(found.tokens) == plain(prompt, mark)
+        num_led_again += found.num_by_large > lead
+    assert num_led_again
+
+
 def test_foreal_leads_with_probability_rho():
     router = Foreal(ForealSettings(0.3, 2, ["."]))
     router.begin(torch.Generator().manual_seed(0))

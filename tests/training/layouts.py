@@ -8,6 +8,8 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -147,16 +149,17 @@ def run(
     of_own = partial(of_step, records_per_device=records_per_device, count=count, mean_of_means=mean_of_means)
     if unlike_rows:
         of_own = unlike
-    train(
-        made,
-        losses.build(losses.entry(loss).settings(**({"scope": "batch"} if loss == "tvdpp" else {}))),
-        target=target,
-        of_step=partial(with_distribution, target=whole, of_step=of_own) if logged and is_first() else of_own,
-        estimate=estimate,
-        settings=replace(wanted, **settings),
-        vocab_size=257,
-        folder=folder,
-    )
+    with small_files(None):
+        train(
+            made,
+            losses.build(losses.entry(loss).settings(**({"scope": "batch"} if loss == "tvdpp" else {}))),
+            target=target,
+            of_step=partial(with_distribution, target=whole, of_step=of_own) if logged and is_first() else of_own,
+            estimate=estimate,
+            settings=replace(wanted, **settings),
+            vocab_size=257,
+            folder=folder,
+        )
     return curve(folder)
 
 
@@ -279,6 +282,20 @@ def limit_files(limit: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (most if limit is None else limit, most))
 
 
+@contextmanager
+def small_files(limit: int | None) -> Iterator[None]:
+    """Within this context no file grows beyond some bytes, unless the limit is changed in it.
+
+    pytest writes a test's result before the teardown of its fixtures. With a limit that is still there, a report in a file ends the
+    whole run.
+    """
+    limit_files(limit)
+    try:
+        yield
+    finally:
+        limit_files(None)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     timeout = float(os.environ.get("TEST_TIMEOUT_SECONDS", "60"))
@@ -293,7 +310,6 @@ if __name__ == "__main__":
             drafter = OnASmallDisk if OnASmallDisk.limits else CausalLMDrafter
             drafter = {"slow": Slow, "poisoned": PoisonedElsewhere, "census": Census}.get(layout.pop("as", ""), drafter)
             run(folder, drafter=drafter, **layout)
-            limit_files(None)
             if Census.counts:
                 (folder / "collectives.json").write_text(json.dumps(Census.counts))
                 Census.counts.clear()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import shutil
 from collections.abc import Iterator
 from itertools import cycle
@@ -16,16 +17,18 @@ from drafttrain.core import console
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.training.result import folder_of_step, kept_steps
 from drafttrain.training.validation import OF_DRAFTERS
-from tests.training.layouts import OnASmallDisk, curve, limit_files, run
+from tests.training.layouts import OnASmallDisk, curve, limit_files, run, small_files
 
 NO_CHECKPOINT = 150_000
 """Bytes: the weights fit, the optimizer's states with them do not."""
 
 
 @pytest.fixture(autouse=True)
-def _large_disk_afterwards() -> Iterator[None]:
+def _no_limit_is_left() -> Iterator[None]:
     yield
+    left = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     limit_files(None)
+    assert left == resource.getrlimit(resource.RLIMIT_FSIZE)[0], "pytest has written the test's result under a limit"
 
 
 @pytest.mark.parametrize("stage", [None, 2])
@@ -38,7 +41,6 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_stops(
     )
     with pytest.raises(DrafttrainError, match=said):
         run(tmp_path / "full", stage=stage, steps=9, drafter=OnASmallDisk)
-    limit_files(None)
     assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000003.ckpt"]
     run(tmp_path / "full", stage=stage, steps=9)
     assert "continuing from" in capfd.readouterr().err
@@ -61,11 +63,10 @@ def test_a_line_that_had_no_room_ends_nothing_and_is_there_when_there_is_some(
 ) -> None:
     with (tmp_path / "log").open("w") as log:
         monkeypatch.setattr(console, "stderr", Console(file=log))
-        limit_files(0)
-        console.say("no room")
-        with pytest.raises(OSError, match="File too large"):
-            console.stderr.print("the control")
-        limit_files(None)
+        with small_files(0):
+            console.say("no room")
+            with pytest.raises(OSError, match="File too large"):
+                console.stderr.print("the control")
         console.say("some room")
     assert [line in (tmp_path / "log").read_text() for line in ("no room", "some room")] == [True, True]
 
@@ -98,7 +99,6 @@ def test_the_best_weights_that_had_no_room_are_not_called_the_best(tmp_path: Pat
     settings: dict[str, Any] = {"steps": 4, "eval_every_steps": 2, "checkpoint_every_steps": 100}
     with pytest.raises(DrafttrainError, match=r"the best weights so far \(step 2\).*of step 0, stays"):
         run(tmp_path / "stops", estimate=estimates(), **settings)
-    limit_files(None)
     run(tmp_path / "full", estimate=estimates(), on_full_disk="continue", **settings)
     assert '"best_step": 4' in (tmp_path / "full" / "train.json").read_text()
     names = ("best/step-00000004", "last")

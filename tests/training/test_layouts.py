@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -83,12 +82,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     return {name: run(tmp_path_factory.mktemp(name), optimizer=name) for name in ("adamw", "sgd", "muon")}
 
 
-def layouts() -> Iterator[Any]:
-    """Yield every stage, with and without several micro-batches a step, and every optimizer; most pairs are slow."""
+def layouts() -> list[Any]:
+    """Return every stage, with and without several micro-batches a step, and every optimizer; most pairs are slow."""
     chosen = {(stage, 2, "adamw") for stage in range(3)} | {(3, None, "adamw"), (3, 2, "muon"), (3, None, "sgd")}
-    for stage, records_per_device, optimizer in product(range(4), (None, 2), ("adamw", "sgd", "muon")):
-        long = (stage, records_per_device, optimizer) not in chosen
-        yield pytest.param(stage, records_per_device, optimizer, marks=[pytest.mark.slow] if long else [])
+    return [
+        pytest.param(*layout, marks=[] if layout in chosen else [pytest.mark.slow])
+        for layout in product(range(4), (None, 2), ("adamw", "sgd", "muon"))
+    ]
 
 
 @pytest.mark.parametrize(("stage", "records_per_device", "optimizer"), layouts())

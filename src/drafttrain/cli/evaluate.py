@@ -18,6 +18,7 @@ from drafttrain.cli.app import (
     only_first_process,
     recipe_and_run_folder,
 )
+from drafttrain.commands.named_prompts import prompts_named_twice
 from drafttrain.config.bundled import is_recipe
 from drafttrain.core.errors import RecipeError
 
@@ -143,6 +144,14 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
+    own: Annotated[
+        bool,
+        typer.Option(
+            "--own",
+            help="Choose again, for this target, what its kind chooses after training, and write it into the drafter's folder: thresholds of "
+            "exits (sorted_lm), a tree (medusa), temperatures (dspark).",
+        ),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Fit how likely a draft token is accepted at each confidence; print ECE and Brier score on other prompts."""
@@ -152,8 +161,13 @@ def calibrate(
         problems = not_one_drafter(named)
         if not 0 <= temperature < float("inf"):
             problems.append(f"--temperature: a number of 0 or more, got {temperature:g}")
+        if own and (out is not None or method != "isotonic"):
+            problems.append("--own: --out and --method belong to the map of a confidence: remove them")
         if problems:
             raise RecipeError("arguments", problems)
+        if own:
+            _commands().calibrate_own.calibrate_own(named[0], target, overrides, temperature=temperature)
+            return
         _commands().calibrate.calibrate(named[0], target, overrides, method=method, temperature=temperature, out=out)
 
 
@@ -211,9 +225,7 @@ def long_prompt(
     with exit_codes(debug=debug):
         only_first_process()
         named, overrides = names_and_overrides(drafter)
-        problems = not_one_drafter(named)
-        if prompts is not None and any(override.startswith("eval.prompts=") for override in overrides):
-            problems.append("--prompts and eval.prompts both name prompts: remove one")
+        problems = [*not_one_drafter(named), *prompts_named_twice(prompts, overrides)]
         numbers = _amounts(keep, problems)
         if problems:
             raise RecipeError("arguments", problems)
@@ -238,9 +250,10 @@ def _amounts(text: str, problems: list[str]) -> list[tuple[int | None, float | N
 
 def _commands() -> SimpleNamespace:
     # At the head of the file this would load torch for `drafttrain --help`.
-    from drafttrain.commands import calibrate, cascade, evaluate, long_prompt
+    from drafttrain.commands import calibrate, calibrate_own, cascade, evaluate, long_prompt
 
-    return SimpleNamespace(calibrate=calibrate, cascade=cascade, evaluate=evaluate, long_prompt=long_prompt)
+    commands = (calibrate, calibrate_own, cascade, evaluate, long_prompt)
+    return SimpleNamespace(**{command.__name__.rpartition(".")[2]: command for command in commands})
 
 
 def _check_drafter(named: list[str], *, smoke: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.checkpoint import read_drafter
-from drafttrain.commands.named_drafters import folders_of, length_of, target_named
+from drafttrain.commands.named_drafters import evaluated_on, folders_of, length_of
 from drafttrain.config.load import load_sections
 from drafttrain.core.console import say, table
 from drafttrain.core.errors import CheckpointError, RecipeError
@@ -150,7 +150,9 @@ def advise(question: Question, *, out: Path | None = None) -> Advice:
 def _opened(question: Question) -> _Opened:
     folder = exported_in(folders_of([question.drafter])[0])
     of_target, settings = load_sections(["target", "eval"], question.overrides)
-    of_target = replace(of_target, model=target_named(folder, named=question.drafter, target=question.target))
+    of_target = evaluated_on(
+        of_target, folder, named=question.drafter, target=question.target, overrides=question.overrides
+    )
     check_drafters(of_target, [str(folder)])
     loaded = Target.load(of_target)
     result = _evaluation(folder, loaded)

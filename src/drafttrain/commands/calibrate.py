@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.checkpoint import read_drafter
-from drafttrain.commands.named_drafters import folders_of, target_named
+from drafttrain.commands.named_drafters import evaluated_on, folders_of
 from drafttrain.config.load import load_sections
 from drafttrain.core.calibration import Calibration, calibration
 from drafttrain.core.console import progress, say, table
@@ -74,7 +74,7 @@ def calibrate(
     settings = _with_confidence(settings, chosen=any(one.startswith("eval.length") for one in overrides), method=method)
     policy: HasConfidence = length_policies.build(settings.length)
     folder = exported_in(folders_of([drafter])[0])
-    of_target = replace(of_target, model=target_named(folder, named=drafter, target=target))
+    of_target = evaluated_on(of_target, folder, named=drafter, target=target, overrides=overrides)
     check_drafters(of_target, [str(folder)])
     loaded = Target.load(of_target)
     prompts = read_prompts(

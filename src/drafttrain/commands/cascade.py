@@ -8,6 +8,7 @@ from pathlib import Path
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.commands.named_drafters import folders_of
+from drafttrain.commands.named_prompts import prompts_named_twice
 from drafttrain.config.load import load_sections
 from drafttrain.core.console import say
 from drafttrain.core.errors import RecipeError
@@ -45,8 +46,8 @@ def cascade(
         RecipeError: An override is wrong, or the small model does not read the target's tokens.
     """
     quiet_libraries()
-    if prompts is not None and any(override.startswith("eval.prompts=") for override in overrides):
-        raise RecipeError("arguments", ["--prompts and eval.prompts both name prompts: remove one"])
+    if problems := prompts_named_twice(prompts, overrides):
+        raise RecipeError("arguments", problems)
     of_prompts = [] if prompts is None else [f"eval.prompts={prompts}"]
     of_target, settings, wanted = load_sections(
         ["target", "eval"], [*overrides, *of_prompts], further={"cascade": FrontierSettings}

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from drafttrain.checkpoint import read_drafter
-from drafttrain.commands.named_drafters import folders_of, length_of, target_named
+from drafttrain.commands.named_drafters import evaluated_on, folders_of, length_of
 from drafttrain.config.load import load_sections
 from drafttrain.core.console import complain, say, table
 from drafttrain.core.errors import DrafttrainError
@@ -85,10 +85,9 @@ def open_drafter(name: str, target: str | None, given: Sequence[str]) -> Opened:
     quiet_libraries()
     folder = exported_in(folders_of([name])[0])
     of_target, settings = load_sections(["target", "eval"], given)
-    target = target_named(folder, named=name, target=target)
-    of_target = replace(of_target, model=target)
+    of_target = evaluated_on(of_target, folder, named=name, target=target, overrides=given)
     check_drafters(of_target, [str(folder)])
-    check_can_chat(load_target_tokenizer(of_target), name=target)
+    check_can_chat(load_target_tokenizer(of_target), name=str(of_target.model))
     loaded = Target.load(of_target)
     drafter = read_drafter(folder, loaded)
     choose_drafts([drafter], settings)

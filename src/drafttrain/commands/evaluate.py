@@ -10,6 +10,7 @@ from string import ascii_uppercase
 from drafttrain.commands.fit import fit
 from drafttrain.commands.made_models import with_made_models
 from drafttrain.commands.named_drafters import evaluated_on, folders_of
+from drafttrain.commands.named_prompts import prompts_named_twice
 from drafttrain.config.load import load_sections
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
@@ -88,8 +89,7 @@ def compare_drafters(
     problems = [f"{one}: named twice" for one in dict.fromkeys(drafters) if drafters.count(one) > 1]
     if not 1 <= len(drafters) <= len(ascii_uppercase):
         problems.append(f"give 1 to {len(ascii_uppercase)} drafters, got {len(drafters)}")
-    if prompts is not None and any(override.startswith("eval.prompts=") for override in overrides):
-        problems.append("--prompts and eval.prompts both name prompts: remove one")
+    problems += prompts_named_twice(prompts, overrides)
     if problems:
         raise RecipeError("arguments", problems)
     named = dict(zip(ascii_uppercase, drafters, strict=False))

@@ -32,37 +32,24 @@ def folders_of(drafters: Sequence[str]) -> list[Path]:
     return folders
 
 
-def target_named(folder: Path, *, named: str, target: str | None) -> str:
-    """Return the given target, or the one that a drafter was trained for.
-
-    Args:
-        named: How the drafter was named.
-
-    Raises:
-        CheckpointError: There is neither.
-    """
-    about = read_about(folder)
-    if not (found := target or (about.target if about else None)):
-        raise CheckpointError(f"{named}: no target is named in it. Give --target MODEL")
-    return found
-
-
 def evaluated_on(
     of_target: TargetSettings, folder: Path, *, named: str, target: str | None, overrides: Sequence[str]
 ) -> TargetSettings:
-    """Return the settings of the target on which a drafter is evaluated: the given one, that of an override, else the drafter's own.
+    """Return the settings of the target that a drafter drafts for: the given one, that of an override, else the drafter's own.
 
-    A drafter of a run without a target is evaluated on the one of the settings.
+    A drafter of a run without a target drafts for the one of the settings.
 
     Args:
+        named: How the drafter was named.
         overrides: Those that `of_target` was read with.
 
     Raises:
         CheckpointError: There is none, and the folder is no drafter folder.
     """
     if target is None and not any(override.startswith("target.model=") for override in overrides):
-        about = read_about(folder)
-        target = target_named(folder, named=named, target=None) if about is None else about.target
+        if (about := read_about(folder)) is None:
+            raise CheckpointError(f"{named}: no target is named in it. Give --target MODEL")
+        target = about.target
     return replace(of_target, model=target) if target else of_target
 
 

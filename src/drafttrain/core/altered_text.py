@@ -23,6 +23,8 @@ class Alteration:
     """What is read in their place."""
     places: Sequence[int]
     """Positions whose states are trained."""
+    weight: float | None = None
+    """Of the loss at each of them, a label of the text being 1; None: those of the text add up to its number of labels."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class AlteredText:
     slots_N: Tensor
     """Flat slots b * T + t whose states are trained."""
     weights_N: Tensor
-    """Of their losses: those of a record add up to its number of labels, however many slots it has."""
+    """Of their losses, a label of the text being 1."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> AlteredText:
         """Return a copy with changed tensors: moved, pinned."""
@@ -63,7 +65,7 @@ def packed_alterations(
         read_BT[row, column : column + len(one.read)] = torch.tensor(one.read)
         begins = row * tokens_BT.shape[1] + column
         slots += [begins + place for place in one.places]
-        weights += [labels / len(one.places) for _ in one.places]
+        weights += [labels / len(one.places) if one.weight is None else one.weight for _ in one.places]
     order = sorted(range(len(slots)), key=lambda i: slots[i])
     return AlteredText(
         read_BT,

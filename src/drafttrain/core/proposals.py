@@ -138,8 +138,8 @@ class Proposal:
     """What the call reads after the nodes; None: nothing."""
     confidence: Sequence[float] | None = None
     """The drafter's probability of each draft token of a chain, for rules that trust it; None: not known."""
-    refined: int = 0
-    """Rounds that have refined this chain since one was accepted whole (Jacobi decoding)."""
+    refined: int | None = None
+    """Rounds that have refined this chain since one was accepted whole; None: it is no iterate of Jacobi decoding."""
     unread_leaf: bool = False
     """The last node was drafted while the target's call ran, so the call does not read it. It is verified by the row of its parent;
     where it is accepted, the round ends without a token of the target's own."""

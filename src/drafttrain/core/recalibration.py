@@ -91,10 +91,11 @@ class Scaled:
         confidence, accepted = _pairs(confidence_N, accepted_N)
         good = accepted.sum()
         high, low = (good + 1) / (good + 2), 1 / (len(accepted) - good + 2)
-        scale, shift = _most_likely(_logit(confidence), low + (high - low) * accepted, shifted=True)
+        label = low + (high - low) * accepted
+        scale, shift = _most_likely(_logit(confidence), label, shifted=True)
         if scale < 0:
-            # No better map rises than a constant one.
-            scale, shift = 0.0, float(_logit(np.array([accepted.mean()]))[0])
+            # The likelihood is concave: of the maps that do not fall a constant one has the greatest, that of the labels' mean.
+            scale, shift = 0.0, float(_logit(np.array([label.mean()]))[0])
         return cls(scale, shift)
 
     def __call__(self, confidence_M: ArrayLike) -> Array:

@@ -88,6 +88,9 @@ class Drafter(nn.Module, ABC):
     def create(cls, settings: Any, *, target: Target | None, tokenizer: Any) -> Drafter:
         """Return the drafter as training starts from it."""
 
+    def train_with(self, settings: Any, *, target: Target | None, tokenizer: Any) -> None:
+        """Take from the settings what only training reads and no folder holds: of a loaded drafter that learns on."""
+
     @classmethod
     def sized(cls, settings: Any, *, target: Target, tokenizer: Any) -> Drafter:
         """Return a drafter of the sizes that `create` gives it, reading no weights: they are made where tensors have no data."""

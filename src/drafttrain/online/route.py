@@ -42,6 +42,8 @@ class OnlineSetup:
     dtype: str
     """Data type of exported weights."""
     seed: int
+    drafter: Any = None
+    """Settings of its kind; None: what only training reads has its defaults."""
 
 
 class Route:
@@ -71,13 +73,16 @@ class Route:
 
     def _start_from_current(self) -> None:
         """Restart learning from the served version."""
+        target, learning = self.setup.target, self._read(dtype="float32")
+        if self.setup.drafter is not None:
+            learning.train_with(self.setup.drafter, target=target, tokenizer=target.tokenizer)
         self.learner = Learner(
-            self._read(dtype="float32"),
+            learning,
             self.setup.loss(),
-            target=self.setup.target,
+            target=target,
             settings=self.setup.train,
             max_length=self.setup.max_length,
-            num_tokens=self.setup.target.num_tokens,
+            num_tokens=target.num_tokens,
         )
         self.serving = self._read()
         self.refused_in_a_row = 0

@@ -32,6 +32,7 @@ def online_run(recipe: Recipe, folder: RunFolder, target: Target) -> OnlineRun:
         num_draft_tokens=recipe.eval.length.chain_length,
         dtype=recipe.export.dtype,
         seed=recipe.seed,
+        drafter=recipe.drafter,
     )
     return OnlineRun(setup, intake, folder.path, start=folder.start)
 

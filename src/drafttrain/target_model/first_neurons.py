@@ -18,6 +18,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.weights import Weights, weights_of
 from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.block_range import replaced_forwards
+from drafttrain.target_model.number_type import refuse_quantized
 
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
@@ -26,8 +27,9 @@ def gated_mlps(model: Any) -> list[Any]:
     """Return the feed-forward block of every decoder block: down(act(gate) * up).
 
     Raises:
-        CheckpointError: Some block has another one.
+        CheckpointError: Some block has another one, or its weights are quantized.
     """
+    refuse_quantized(model, "first feed-forward neurons")
     found = [getattr(block, "mlp", None) for block in blocks(model)]
     if not all(hasattr(mlp, name) for mlp in found for name in PARTS):
         raise CheckpointError(_unlike(model))

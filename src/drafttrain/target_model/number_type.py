@@ -96,5 +96,20 @@ def _configuration(folder: Path) -> dict[str, Any]:
     return content
 
 
+def refuse_quantized(model: Any, what: str) -> None:
+    """Refuse a model whose weights are not the matrices that its layers multiply with.
+
+    Raises:
+        CheckpointError: They are quantized.
+    """
+    for config in (model.config, model.config.get_text_config()):
+        if (given := getattr(config, "quantization_config", None)) is not None:
+            held = given if isinstance(given, dict) else given.to_dict()
+            method = held.get("quant_method")
+            raise CheckpointError(
+                f"{what}: the weights are quantized ({getattr(method, 'value', method)}): give the model from before quantization"
+            )
+
+
 def _quantized(config: dict[str, Any]) -> bool:
     return bool((config.get("text_config") or config).get("quantization_config") or config.get("quantization_config"))

@@ -134,6 +134,40 @@ def test_the_task_score_is_the_targets_own_with_the_whole_prompt():
     assert part.score.value < 0.5, "control: without the first number no sum is right"
 
 
+def test_a_choice_that_is_a_last_window_at_an_amount_is_named(target, prompts, capsys):
+    drafter = drafttrain.load_drafter("builtin:drafter", target)
+    choices = [
+        *(SpecKVSettings(window_tokens=8), SpecPCSettings(window_tokens=8)),
+        *(AtRandomSettings(window_tokens=8), *[LastWindowSettings(of, first_tokens=0) for of in ("keys", "tokens")]),
+    ]
+    given = [replace(prompts[0], tokens=prompts[0].tokens[:length]) for length in (9, 16, 24)]
+    given = [replace(one, id=str(number)) for number, one in enumerate(given)]
+
+    def named(kept: int) -> list[str]:
+        result = frontier(
+            target,
+            drafter,
+            given,
+            [Amount(tokens=kept)],
+            settings=LongPromptSettings(choices),
+            evaluation=EvalSettings(max_new_tokens=2),
+        )
+        notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+        same = {one.of: (one.tvd.value, one.recall.value) for one in result.points if one.choice.startswith("last")}
+        equal = [one.choice for one in result.points if (one.tvd.value, one.recall.value) == same[one.of]]
+        assert [one for one in equal if not one.startswith("last")] == [one[6:].split(" (")[0] for one in notes]
+        return notes
+
+    within = named(9)
+    assert [note.split(" (")[0] for note in within] == [
+        "note: speckv, window_tokens 8",
+        "note: random, window_tokens 8",
+    ]
+    assert "its window_tokens 8 come first, and --keep 9 is 9 tokens or fewer of 2 of 3 prompts" in within[0]
+    assert [note.split(",")[0] for note in named(8)] == ["note: speckv", "note: specpc", "note: random"]
+    assert named(10) == [], "control: one more is chosen"
+
+
 def refused(target: Any, drafter: Any, given: list[Prompt], **changed: Any) -> None:
     frontier(target, drafter, given, [HALF], evaluation=EvalSettings(max_new_tokens=8), **changed)
 

@@ -52,11 +52,11 @@ class Tree:
     def start(self, prompt: Prompt) -> Place:
         return Place((), self.leaves)
 
-    def next(self, partial: Place, count: int) -> list[Place]:
-        first = self.drawn[partial.path]
-        self.drawn[partial.path] += count
-        self.spent += STEP_TOKENS * count
-        return [Place((*partial.path, number % WIDTH), self.leaves) for number in range(first, first + count)]
+    def next(self, partial: Place, number: int) -> Place:
+        branch = self.drawn[partial.path] % WIDTH
+        self.drawn[partial.path] += 1
+        self.spent += STEP_TOKENS
+        return Place((*partial.path, branch), self.leaves)
 
 
 def random_leaves(seed: int, *, depth: int = 4) -> list[tuple[int, ...]]:
@@ -138,9 +138,9 @@ def test_best_of_n_and_particles_return_the_solution_of_the_highest_reward():
     drawn = itertools.cycle([0, 2, 1])
 
     class OneStep(Tree):
-        def next(self, partial: Place, count: int) -> list[Place]:
+        def next(self, partial: Place, number: int) -> Place:
             self.spent += STEP_TOKENS
-            return [Place((next(drawn),), self.leaves)]
+            return Place((next(drawn),), self.leaves)
 
     def reward(prompt: str, texts: Sequence[str]) -> list[float]:
         return [{"0": 0.2, "1": 0.3, "2": 0.9}[one] for one in texts]
@@ -168,11 +168,11 @@ def test_particles_follow_the_odds_of_their_rewards():
     second_steps: Counter[str] = Counter()
 
     class Drawn(Tree):
-        def next(self, partial: Place, count: int) -> list[Place]:
+        def next(self, partial: Place, number: int) -> Place:
             self.spent += STEP_TOKENS
             if partial.path:
                 second_steps[partial.text] += 1
-            return [Place((*partial.path, self.spent // STEP_TOKENS % 4), self.leaves)]
+            return Place((*partial.path, self.spent // STEP_TOKENS % 4), self.leaves)
 
     tree = Drawn(list(itertools.product(range(4), repeat=2)))
     rewards = {"0": 0.8, "1": 0.5, "2": 0.5, "3": 0.2}

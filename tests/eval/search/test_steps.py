@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import drafttrain
 from drafttrain.core.errors import CheckpointError, DataError
+from drafttrain.core.random import stream_seed
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.data_gen.checkers.numeric import Numeric, NumericSettings
 from drafttrain.drafters import drafters
@@ -24,7 +25,8 @@ from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.proposers.none import NoDraft
-from drafttrain.eval.search.frontier import search_frontier
+from drafttrain.eval.search.frontier import METHODS, search_frontier
+from drafttrain.eval.search.methods import Question
 from drafttrain.eval.search.rewards import ClassifierReward
 from drafttrain.eval.search.steps import SampledSteps
 from drafttrain.target_model import Target
@@ -71,7 +73,7 @@ def test_greedy_steps_join_to_the_greedy_text(target, drafted):
     partial, number = steps.start(PROMPT), 0
     while not partial.ended:
         # Twice from the same fork: the second continuation goes on.
-        first, partial = steps.next(partial, 2)
+        first, partial = steps.next(partial, 1), steps.next(partial, 2)
         assert first.tokens == partial.tokens
         number += 1
         assert partial.cache.length == len(partial.tokens) - 1
@@ -84,16 +86,17 @@ def test_every_target_token_is_counted_once_and_prompts_are_not(target):
     steps = sampled(target)
     start = steps.start(PROMPT)
     assert steps.spent == 0
-    one, other = steps.next(start, 2)
+    one, other = steps.next(start, 1), steps.next(start, 2)
     written = len(one.tokens) + len(other.tokens) - 2 * len(start.tokens)
     assert steps.spent == written, "plain decoding reads a token for every new one: the fork is not read again"
     if not one.ended:
-        (third,) = steps.next(one, 1)
+        third = steps.next(one, 3)
         assert steps.spent == written + len(third.tokens) - len(one.tokens)
     drafting = sampled(
         target, CausalLMDrafter(noisy(target.model, 0.5)).proposer(target), policy=FixedLength(FixedLengthSettings(3))
     )
-    drafting.next(drafting.start(PROMPT), 2)
+    for number in (1, 2):
+        drafting.next(drafting.start(PROMPT), number)
     assert drafting.spent > written, "control: rejected draft tokens are target tokens too"
 
 
@@ -109,7 +112,7 @@ def test_steps_are_drawn_from_the_targets_distribution_also_when_drafted():
     steps = SampledSteps(target, drafter, sampling=Sampling(1.0), delimiter=text, max_step_tokens=2, max_new_tokens=8)
     start = steps.start(Prompt("a", [1, 2, 3]))
     count = 600
-    seen = Counter(one.tokens[3:] for one in steps.next(start, count))
+    seen = Counter(one.tokens[3:] for one in (steps.next(start, number) for number in range(count)))
     with torch.no_grad():
         first_V = target.model(torch.tensor([[1, 2, 3]])).logits[0, -1].softmax(-1)
         second_VV = torch.stack(
@@ -200,9 +203,41 @@ def test_the_frontier_counts_what_each_search_spent_on_sums_with_written_steps()
     assert all(one.accuracy.value == 0 for one in nothing.points), "control: another answer"
 
 
+def test_a_search_is_the_same_alone_as_beside_others_and_goes_on_with_a_larger_budget(target):
+    def found(methods: dict[str, Any], budgets: list[int]) -> dict[tuple[str, int], tuple[str, ...]]:
+        texts: dict[tuple[str, int], tuple[str, ...]] = {}
+        asked: list[str] = []
+
+        def noted(method: Any, name: str) -> Any:
+            def run(question: Question) -> Any:
+                asked.clear()
+                best = method(question)
+                texts[name, question.budget] = (best.text, *asked)
+                return best
+
+            return run
+
+        def reward(prompt: str, partials: Any) -> list[float]:
+            asked.extend(partials)
+            return [stream_seed(0, one) % 1000 / 1000 for one in partials]
+
+        named = {name: noted(method, name) for name, method in methods.items()}
+        prompt = replace(PROMPT, answer="1")
+        search_frontier(target, sampled(target), [prompt], reward, Numeric(NumericSettings()), budgets, methods=named)
+        return texts
+
+    beside = found(dict(METHODS), [40, 80])
+    for name, method in METHODS.items():
+        alone = found({name: method}, [80])
+        assert alone[name, 80] == beside[name, 80]
+    first, second = beside["best_of_n", 40][1:], beside["best_of_n", 80][1:]
+    assert second[: len(first) - 1] == first[:-1], "the last solution of the smaller budget may be a part"
+    assert len(set(second)) == len(second) > 2, "control: the draws of one search differ"
+
+
 def test_a_solution_ends_at_its_longest_length_also_within_a_step(target):
     steps = sampled(target, sampling=Sampling(0.0), max_step_tokens=7, max_new_tokens=9)
     partial = steps.start(PROMPT)
     while not partial.ended:
-        (partial,) = steps.next(partial, 1)
+        partial = steps.next(partial, 1)
     assert list(partial.tokens[len(PROMPT.tokens) :]) == greedy(target, PROMPT, 9, stop=0)

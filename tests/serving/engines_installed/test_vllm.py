@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.cli import app
-from drafttrain.environments.environment import EngineError, check_installed
+from drafttrain.environments.environment import EngineError, ask, check_installed
 from drafttrain.export.convert import export_as, read_target_config
 from drafttrain.serving.comparison import Comparison, compare_with_engine
-from drafttrain.serving.engines import ServingEngine, engine_of
+from drafttrain.serving.engines import Job, ServingEngine, engine_of
 from drafttrain.target_model.folders import resolve_folder
+from tests.conftest import byte_tokenizer, random_llama
 from tests.export import folders
 
 pytestmark = pytest.mark.serving
@@ -91,6 +92,18 @@ def test_each_kind_gives_the_same_tokens_and_the_same_counts(kind, format, draft
     assert theirs == ours
     # The comparison is meaningful only if drafts are accepted, rejected, and accepted beyond the first.
     assert 0 < theirs.accepted_at[1] < theirs.accepted_at[0] < theirs.num_drafts
+
+
+def test_a_sampled_prompt_of_more_tokens_than_a_step_reads_is_read_whole(engine, tmp_path):
+    """vLLM on a CPU fails where it splits the prompt of a text that has a seed."""
+    model = random_llama(hidden_size=64, num_layers=1)
+    model.config.max_position_embeddings = 8192
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    prompt = [1 + place % 250 for place in range(4300)]
+    job = Job(tmp_path, [prompt], 4, [1.0], "float32", 4400)
+    ((found,),) = engine.decoded(ask(engine.environment, engine.worker, engine.request(job, None)))
+    assert len(found.tokens) == 4
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.texts import Record
 from drafttrain.drafters.causal_lm.ablation import layers_by_ablation
+from drafttrain.drafters.causal_lm.cut_settings import are_layers
 from drafttrain.drafters.causal_lm.dense import dense_config, routing_shares
 from drafttrain.drafters.start_choice import StartChoice
 from drafttrain.target_model import Target
@@ -57,13 +58,8 @@ class CutChoice(StartChoice):
         """
         chosen = {name: choice[name] for name in CHOSEN if name in choice}
         layers, shares = chosen.get("layers"), chosen.get("shares")
-        count = self.given.num_layers
-        if self.given.cut.layers == "ablation" and not (
-            isinstance(layers, list)
-            and len(layers) == count
-            and all(type(one) is int and one >= 0 for one in layers)
-            and sorted(set(layers)) == layers
-        ):
+        cut, count = replace(self.given.cut, **chosen), self.given.num_layers
+        if self.given.cut.layers == "ablation" and (not are_layers(layers) or cut.problems(num_layers=count)):
             raise CheckpointError(
                 f"choice.json: layers must be {count} different whole numbers, ascending, got {layers!r:.60}: remove the file"
             )
@@ -73,4 +69,4 @@ class CutChoice(StartChoice):
             raise CheckpointError(
                 f"choice.json: shares must be a list of numbers for each layer, got {shares!r:.60}: remove the file"
             )
-        return replace(self.given, cut=replace(self.given.cut, **chosen))
+        return replace(self.given, cut=cut)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.settings import setting
@@ -44,7 +44,7 @@ class CutSettings:
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
         problems = []
-        if isinstance(self.layers, list) and (not self.layers or self.layers != sorted(set(self.layers))):
+        if isinstance(self.layers, list) and not are_layers(self.layers):
             problems.append(f"layers: at least one number, ascending, each once, got {self.layers}")
         if self.experts is None:
             usual = CutSettings.__dataclass_fields__
@@ -100,6 +100,16 @@ class CutSettings:
             "last": range(total - count, total),
         }
         return list(numbers[self.layers])
+
+
+def are_layers(value: Any) -> bool:
+    """Return whether a value is a list of layers by number: at least one, ascending, each once."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(type(one) is int and one >= 0 for one in value)
+        and value == sorted(set(value))
+    )
 
 
 def spread(total: int, count: int) -> list[int]:

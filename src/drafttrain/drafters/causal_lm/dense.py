@@ -22,6 +22,7 @@ from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.block_range import replaced_forwards
 from drafttrain.target_model.documents import probe
 from drafttrain.target_model.logits import TOLERANCE
+from drafttrain.target_model.number_type import refuse_quantized
 
 DENSE_KINDS = {"mixtral": "mistral", "qwen3_moe": "qwen3"}
 """By model type of a mixture of experts, the type of the same model with dense feed-forward blocks."""
@@ -88,10 +89,11 @@ def dense_config(model: Any, cut: CutSettings) -> Any:
     """Return the configuration of the dense model; a dense block is as wide as the widest one.
 
     Raises:
-        CheckpointError: The model is no mixture of a known kind, or has fewer experts.
+        CheckpointError: The model is no mixture of a known kind, has fewer experts, or is quantized.
     """
     from transformers import CONFIG_MAPPING
 
+    refuse_quantized(model, "drafter.cut.experts")
     given = model.config
     if given.model_type not in DENSE_KINDS or not any(map(is_sparse, _blocks(model))):
         raise CheckpointError(

@@ -219,9 +219,13 @@ class CausalLMDrafter(Drafter):
             )
             model = load_causal_lm(folder, attention=drafter_attention(target and target.model))
         drafter = cls._of(model, settings, other)
-        if settings.input_mask_ratio:
-            drafter.input_mask = InputMask.of(model, settings, target=target, tokenizer=tokenizer)
+        drafter.train_with(settings, target=target, tokenizer=tokenizer)
         return drafter
+
+    def train_with(self, settings: CausalLMSettings, *, target: Target | None, tokenizer: Any) -> None:
+        """Mask what it reads in training, if the settings say so."""
+        if settings.input_mask_ratio:
+            self.input_mask = InputMask.of(self.model, settings, target=target, tokenizer=tokenizer)
 
     @classmethod
     def sized(cls, settings: CausalLMSettings, *, target: Target, tokenizer: Any) -> Self:

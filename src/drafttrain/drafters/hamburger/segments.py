@@ -65,9 +65,10 @@ class Segments(TextNotes):
         return found
 
     def altered(self, record: Record, notes_TC: Notes, *, seed: int) -> Alteration:
-        """Return the text as it is, and the positions whose segment goes on after them."""
+        """Return the text as it is, and the positions whose segment goes on after them. Each token that joins is one label."""
         places: list[int] = notes_TC[:, 0].tolist()
-        return Alteration(record.tokens, record.tokens, [place - 1 for place, own in enumerate(places) if own != ALONE])
+        before = [place - 1 for place, own in enumerate(places) if own != ALONE]
+        return Alteration(record.tokens, record.tokens, before, weight=1.0)
 
     def summary(self, records: Sequence[Record], notes: Sequence[Notes]) -> str:
         """Return how many segments the labels have, and how long they are.

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from drafttrain.core.errors import CheckpointError
 from drafttrain.core.probability import likeliest
 from drafttrain.core.proposals import Exactness, Proposal
 from drafttrain.core.settings import setting
@@ -36,6 +37,8 @@ class JacobiExitSettings:
 class JacobiExit:
     """Accepts as the lossless rule; where the iteration stops, also the tokens that it rejects.
 
+    Drafts that are no iterates of Jacobi decoding are refused with a CheckpointError.
+
     Source: Song et al. 2025, CEED-VLA, arXiv 2506.13725.
     """
 
@@ -48,7 +51,12 @@ class JacobiExit:
     def __call__(
         self, proposal: Proposal, target_probs: TargetProbs, node_hidden_ND: Tensor | None, generator: torch.Generator
     ) -> tuple[list[int], int | None]:
-        last = self.settings.max_rounds is not None and proposal.refined + 1 >= self.settings.max_rounds
+        if proposal.refined is None and len(proposal.tokens_N) > 1:
+            raise CheckpointError(
+                "eval.rule: jacobi_exit ends an iteration, and these drafts are no iterates: use it with drafter.kind consistency or "
+                "eval.beside of kind jacobi, or rule: {kind: lossless}"
+            )
+        last = self.settings.max_rounds is not None and (proposal.refined or 0) + 1 >= self.settings.max_rounds
         stops = last or num_changed(proposal, target_probs) <= self.settings.max_changed
         return walk(proposal, target_probs, RandomDecisions(generator), overrule=lambda node: stops)
 

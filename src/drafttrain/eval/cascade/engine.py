@@ -6,7 +6,7 @@ N = nodes, V = vocabulary
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -102,7 +102,7 @@ class CascadeEngine:
             written = self._write(text, wanted)
             if wanted.writer is Writer.SMALL and not self._stays(text, written):
                 self._take_back(text, written)
-                written = self._write(text, Span(Writer.LARGE, wanted.unit))
+                written = self._write(text, replace(wanted, writer=Writer.LARGE))
             self.router.observe(written)
         return CascadeGeneration(
             id=prompt.id,
@@ -145,7 +145,7 @@ class CascadeEngine:
             known = len(tokens)
             entropies += text.writers[span.writer].write(text.context)
             for length in range(known + 1, len(tokens) + 1):
-                complete = marks.completed_by_last(tokens[start:length])
+                complete = marks.completed_by_last(tokens[start - span.num_before : length])
                 if complete or self._is_end(text.context, length) or length - start == span.unit.tokens:
                     end = length
                     break

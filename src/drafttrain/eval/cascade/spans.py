@@ -31,6 +31,8 @@ class Span:
 
     writer: Writer
     unit: Unit
+    num_before: int = 0
+    """Tokens just before it that belong to the same unit: a mark may begin in them."""
 
 
 @dataclass(frozen=True)

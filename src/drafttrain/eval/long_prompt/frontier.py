@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafttrain.core.console import progress
+from drafttrain.core.console import progress, say
 from drafttrain.core.errors import CheckpointError, DataError, RecipeError
 from drafttrain.core.probability import without_padding
 from drafttrain.core.provenance import provenance
@@ -88,6 +88,7 @@ def frontier(
         raise RecipeError("arguments", problems)
     measured = _Measured(target, drafter, evaluation)
     measured.check(prompts)
+    _warn_of_windows(settings.choices, amounts, [len(prompt.tokens) for prompt in prompts])
     arms = [_Arm(one, {amount: [] for amount in amounts}) for one in settings.choices]
     with progress("reading prompts", total=len(prompts), unit="prompts") as bar:
         for prompt in prompts:
@@ -117,6 +118,19 @@ def frontier(
         whole_task=share_interval(whole, [1] * len(whole)) if whole else None,
         provenance=provenance(),
     )
+
+
+def _warn_of_windows(choices: Sequence[Any], amounts: Sequence[Amount], lengths: Sequence[int]) -> None:
+    """Name every choice that has nothing to choose at some amount, because its window alone is as large."""
+    for choice in choices:
+        for amount in amounts:
+            parts = [kept for length in lengths if (kept := amount.of(length)) < length]
+            if within := [kept for kept in parts if kept <= choice.num_kept_first]:
+                say(
+                    f"note: {label_of(choice)} ({choice.of}): its window_tokens {choice.window_tokens} come first, and --keep {amount} is "
+                    f"{max(within)} tokens or fewer of {len(within)} of {len(lengths)} prompts: there it is a last window. "
+                    f"Set a smaller window_tokens, or keep more"
+                )
 
 
 class _Measured:

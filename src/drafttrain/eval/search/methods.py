@@ -37,6 +37,7 @@ class Question:
 
     def __post_init__(self) -> None:
         self._begin = self.steps.spent
+        self._num_draws = 0
         self.num_expansions = 0
         self.num_rewards = 0
 
@@ -53,15 +54,20 @@ class Question:
     def expand(self, partial: Any, count: int) -> list[Any]:
         """Return continuations by one step: fewer where the budget is spent before, one at least."""
         self.num_expansions += 1
-        found = self.steps.next(partial, 1)
+        found = [self._draw(partial)]
         while len(found) < count and not self.over:
-            found += self.steps.next(partial, 1)
+            found.append(self._draw(partial))
         return found
 
     def rewards(self, partials: Sequence[Any]) -> list[float]:
         """Return the rewards of partial solutions."""
         self.num_rewards += len(partials)
         return checked(self.reward(self.text, [one.text for one in partials]), len(partials))
+
+    def _draw(self, partial: Any) -> Any:
+        # Numbered by search: what a method draws does not depend on the searches before it.
+        self._num_draws += 1
+        return self.steps.next(partial, self._num_draws)
 
 
 Method = Callable[[Question], Any]

@@ -46,8 +46,8 @@ class Steps(Protocol):
         """Return the partial solution without a step."""
         ...
 
-    def next(self, partial: Any, count: int) -> list[Any]:
-        """Return this many continuations by one step, drawn independently."""
+    def next(self, partial: Any, number: int) -> Any:
+        """Return a continuation by one step; numbers of draws with the same prompt differ, and make them independent."""
         ...
 
 
@@ -100,7 +100,6 @@ class SampledSteps:
         self._from: CachedText | None = None
         self._lm: CachedLM | None = None
         self._after: list[CachedText] = []
-        self._drawn = 0
         self.spent = 0
         self._engine = Engine(
             target,
@@ -125,17 +124,13 @@ class SampledSteps:
         self._start = CachedPartial(prompt, tuple(prompt.tokens), "", False, cached)
         return self._start
 
-    def next(self, partial: CachedPartial, count: int) -> list[CachedPartial]:
-        """Return continuations by one step. Every draw has random numbers of its own."""
-        return [self._one(partial) for _ in range(count)]
-
-    def _one(self, partial: CachedPartial) -> CachedPartial:
+    def next(self, partial: CachedPartial, number: int) -> CachedPartial:
+        """Return a continuation by one step. Its random numbers are those of the prompt and of the draw's number."""
         assert not partial.ended, "a solution that has ended has no next step"
-        self._drawn += 1
         self._from = partial.cache
         left = self._max_new_tokens - (len(partial.tokens) - len(partial.prompt.tokens))
         self._engine.max_new_tokens = min(self._max_step_tokens, left)
-        prompt = replace(partial.prompt, id=f"{partial.prompt.id}/{self._drawn}", tokens=partial.tokens)
+        prompt = replace(partial.prompt, id=f"{partial.prompt.id}/{number}", tokens=partial.tokens)
         (generation,) = self._engine.generate([prompt], on_round=self._keep)
         tokens = (*partial.tokens, *generation.tokens)
         num_new = len(tokens) - len(partial.prompt.tokens)

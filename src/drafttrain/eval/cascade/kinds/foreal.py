@@ -55,18 +55,18 @@ class Foreal(Router):
     def begin(self, generator: torch.Generator) -> None:
         """Start a new text."""
         self._generator = generator
-        self._in_sentence = False
+        self._num_written = 0
 
     def next(self) -> Span:
         """Return the lead of a new sentence, or the rest of one."""
         sentence = self.settings.unit
-        if not self._in_sentence and self._leads():
+        if not self._num_written and self._leads():
             return Span(Writer.LARGE, Unit(self.settings.lead_tokens, sentence.marks))
-        return Span(Writer.SMALL, sentence)
+        return Span(Writer.SMALL, sentence, self._num_written)
 
     def observe(self, written: Written) -> None:
-        """Notice the end of a sentence."""
-        self._in_sentence = not written.complete
+        """Count the tokens of a sentence that goes on."""
+        self._num_written = 0 if written.complete else self._num_written + len(written.tokens)
 
     def _leads(self) -> bool:
         return float(torch.rand((), dtype=torch.float64, generator=self._generator)) < self.settings.rho

@@ -25,6 +25,11 @@ class AtRandomSettings:
 
     reads_drafter: ClassVar[bool] = False
 
+    @property
+    def num_kept_first(self) -> int:
+        """Last tokens of a prompt that are kept in any case, the very last one included."""
+        return self.window_tokens + 1
+
 
 @prompt_choices.register("random", AtRandomSettings)
 class AtRandom:

@@ -23,6 +23,7 @@ class LastWindowSettings:
     positions: Positions = setting("renumbered", help="tokens: their positions, renumbered or kept.")
 
     reads_drafter: ClassVar[bool] = False
+    num_kept_first: ClassVar[int] = 0
 
 
 @prompt_choices.register("last_window", LastWindowSettings)

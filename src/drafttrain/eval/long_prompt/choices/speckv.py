@@ -39,6 +39,11 @@ class SpecKVSettings:
         """Whether the order depends on the drafter."""
         return self.look_ahead_tokens != 0
 
+    @property
+    def num_kept_first(self) -> int:
+        """Last tokens of a prompt that are kept whatever the scores are, the very last one included."""
+        return self.window_tokens + 1
+
 
 @prompt_choices.register("speckv", SpecKVSettings)
 class SpecKV:

@@ -44,6 +44,11 @@ class SpecPCSettings:
     of: ClassVar[Of] = "tokens"
     reads_drafter: ClassVar[bool] = True
 
+    @property
+    def num_kept_first(self) -> int:
+        """Last tokens of a prompt that are kept whatever the scores are, the very last one included."""
+        return self.window_tokens
+
 
 @prompt_choices.register("specpc", SpecPCSettings)
 class SpecPC:
