@@ -88,6 +88,8 @@ def write_target(folder: Path, shape: str, *, seed: int = 0, **sizes: Any) -> Pa
                 weight.add_(0.1 * torch.randn_like(weight))
             elif "vision" in name or "visual" in name or "projector" in name:
                 weight.normal_(std=0.3)
+        # A target does not write image tokens.
+        model.get_output_embeddings().weight[257:] = 0
     model.generation_config.eos_token_id = 256
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -93,13 +93,13 @@ class ImageReader:
         Raises:
             BadImage: It cannot be decoded.
         """
-        arrays = self._arrays([_picture(image)])
+        arrays = self._arrays([picture_of(image)])
         text = self._processor.replace_image_token(arrays, 0)
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
     def arrays(self, images: Sequence[Image]) -> dict[str, Any]:
         """Return the arrays of images in their order, as the target's forward takes them."""
-        return dict(self._arrays([_picture(image) for image in images]))
+        return dict(self._arrays([picture_of(image) for image in images]))
 
     def _arrays(self, pictures: Sequence[Any]) -> Any:
         return self._processor.image_processor(images=list(pictures), return_tensors="pt")
@@ -122,7 +122,7 @@ def processor_files(folder: Path) -> list[Path]:
     return [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
 
 
-def _picture(image: Image) -> Any:
+def picture_of(image: Image) -> Any:
     """Return an image decoded, in three colours.
 
     Raises:
