@@ -111,8 +111,8 @@ def _prompts(
     def read(item: Item) -> list[Prompt]:
         if isinstance(source, PromptSource):
             return [Prompt(id, tokens) for id, tokens in source.prompts(item, encoder)]
-        named = {"id": content_name(item.value), "prompt_tokens": settings.prompt_tokens}
-        found, images = encoder.prompts(item.value, **named), encoder.images_of(item.value)
+        images = encoder.images_of(item.value)
+        found = encoder.prompts(item.value, id=content_name(item.value), prompt_tokens=settings.prompt_tokens)
         return [Prompt(id, tokens, images=images) for id, tokens in found]
 
     yield from read_items(

@@ -16,6 +16,8 @@ from drafttrain.target_model.image_reader import BadImage, ImageReader
 NO_READER = (
     "images: only text is read here. fit, gen and eval read images with target.images: true and a multimodal target"
 )
+IMAGE = "image"
+"""Key of one image in some data sets, which `rename: {images: image}` reads."""
 PARTS = ("image", "image_url", "input_image")
 """Types of a turn's part that is an image."""
 WRITTEN = "<image>"
@@ -29,8 +31,7 @@ def images_of(value: Mapping[str, Any]) -> list[Image]:
         BadItem: One cannot be read, or has no known form.
     """
     given = value.get(IMAGES) or []
-    if not isinstance(given, list):
-        raise BadItem(f"{IMAGES}: must be a list, got {type(given).__name__}")
+    given = given if isinstance(given, list) else [given]
     return [_image(one, f"{IMAGES}.{number}") for number, one in enumerate(given)]
 
 
@@ -92,9 +93,13 @@ def _placed(turn: Any, placeholder: str) -> Any:
 
 def located(value: Any, folder: Path) -> Any:
     """Return a record with the paths of its images relative to the folder of its file."""
-    if not isinstance(value, dict) or not isinstance(value.get(IMAGES), list):
+    if not isinstance(value, dict):
         return value
-    return value | {IMAGES: [_located(one, folder) for one in value[IMAGES]]}
+    found = {key: value[key] for key in (IMAGES, IMAGE) if value.get(key)}
+    return value | {
+        key: [_located(one, folder) for one in given] if isinstance(given, list) else _located(given, folder)
+        for key, given in found.items()
+    }
 
 
 def stored(image: Image) -> dict[str, str]:

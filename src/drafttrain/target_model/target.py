@@ -88,6 +88,11 @@ class Target:
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
+    @property
+    def visual_id(self) -> int | None:
+        """The token at image positions; None: `target.images` is false."""
+        return None if self.images is None else self.images.visual_id
+
     def check_length(self, length: int, *, what: str) -> None:
         """Refuse texts that are longer than the target's position embeddings.
 

@@ -158,12 +158,13 @@ class Eagle1Drafter(EagleDrafter):
         seen = batch.target
         if self._visual_id is not None:
             seen = with_visual_rows(seen, batch.tokens_BT == self._visual_id)
-        features_BTD = _final(seen).to(self.fc.weight)
         hidden_BTF = self.features(seen)
+        features_BTD = hidden_BTF[..., : self.config["hidden_size"]]
         if self.training and self.own["feature_noise"]:
             added_BTD = self.own["feature_noise"] * noise(batch, width=features_BTD.shape[-1]).to(features_BTD)
             # Visual rows have no noise: they enter as they are.
-            hidden_BTF = hidden_BTF + pad(added_BTD, (0, hidden_BTF.shape[-1] - added_BTD.shape[-1]))
+            more = hidden_BTF.shape[-1] - added_BTD.shape[-1]
+            hidden_BTF = hidden_BTF + (pad(added_BTD, (0, more)) if more else added_BTD)
         num_steps = batch.num_depths or self.own["num_steps"]
         slots = self.slots(batch, num_steps=num_steps)
         states = rollout(self, batch, hidden_BTF, num_steps=num_steps, slots=slots, recompute=self.recomputing)
@@ -204,7 +205,8 @@ class Eagle1Drafter(EagleDrafter):
 
     def features(self, seen: TargetOutput) -> Tensor:
         """Return features_BTF: the state after the final norm; of a drafter that reads images also the visual rows."""
-        final_BTD = _final(seen).to(self.fc.weight)
+        assert seen.final_BTD is not None, "the trainer reads what `needs` returns"
+        final_BTD = seen.final_BTD.to(self.fc.weight)
         if self._visual_id is None:
             return final_BTD
         return torch.cat([final_BTD, seen.hidden_BTD[EMBEDDED].to(self.fc.weight)], dim=-1)
@@ -247,15 +249,10 @@ class Eagle1Drafter(EagleDrafter):
         return drafter.eval().to(target.device)
 
 
-def _final(seen: TargetOutput) -> Tensor:
-    assert seen.final_BTD is not None, "the trainer reads what `needs` returns"
-    return seen.final_BTD
-
-
 def _visual_id(target: Target) -> int:
-    if target.images is None:
+    if target.visual_id is None:
         raise CheckpointError(f"drafter.visual: {target.name} is loaded without its images: set target.images: true")
-    return target.images.visual_id
+    return target.visual_id
 
 
 def feature_distance(drafted: DraftOutput, batch: DraftBatch, features_BTD: Tensor, decay: dict[int, float]) -> Tensor:
