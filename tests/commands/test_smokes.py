@@ -43,6 +43,7 @@ def smoked(name: str) -> object:
             "tiny_xpress",
             "tiny_distillspec_greedy",
             "tiny_matformer",
+            "llava_1_5_7b_msd",
         }
     )
     marks = [pytest.mark.slow] if long else [pytest.mark.long] if name in IN_CI else []
@@ -74,6 +75,14 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
         "hamburger_llama3.1_8b": [*EMBEDDED, "drafter.low_entropy=0.3", "drafter.num_layers=1"],
         "lexical_units_llama3.1_8b": [*EMBEDDED, "drafter.look_ahead_token_id=1"],
         "smollm2_layer_skip": [*EMBEDDED, *EMBEDDED_TEXT],
+        "llava_1_5_7b_msd": [
+            "target.model=builtin:viewer",
+            "target.dtype=float32",
+            "train.precision=fp32",
+            "data.sources=[{kind: squares, images: false}, {kind: squares}]",
+            "eval.prompts=builtin:squares",
+            "eval.validation_prompts=builtin:squares_validation",
+        ],
         "eagle3_llama3.1_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
         "eagle3_qwen3_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
         "mtp_mimo_7b": [*EMBEDDED, "drafter.init=random", "export.to=[]"],

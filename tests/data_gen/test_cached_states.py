@@ -15,6 +15,7 @@ from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DataError
 from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources.text import TextSettings
 from drafttrain.data_gen.stored.cache_writer import rows_of_texts
@@ -252,7 +253,8 @@ def test_the_rows_of_a_text_do_not_depend_on_the_texts_that_are_read_with_it():
     texts = [[1, 2, 3], list(range(40, 60)), [7], list(range(90, 101)), [4, 5]]
     wanted = Wanted(distribution="full", states=TargetNeeds(hidden=(1,), final=True), top_k=0, dtype="float32")
     counts: list[int] = []
-    rows, _ = rows_of_texts(texts, target, wanted, skipped=[0] * len(texts), read=counts.append)
+    records = [Record("", text, [True] * len(text)) for text in texts]
+    rows, _ = rows_of_texts(records, target, wanted, skipped=[0] * len(texts), read=counts.append)
     assert sum(counts) == sum(map(len, texts)), "every token is reported, padding is not"
     begin = 0
     for text in texts:

@@ -15,6 +15,8 @@ WEIGHTS = {
     "Qwen/Qwen3-0.6B": 596_049_920,
     "known:smollm2": 134_515_008,
     "known:gemma3": 268_098_176,
+    # The language model: with the tower's 303,507,456 and the projector's 20,979,712 the published 7,063,427,072.
+    "llava-hf/llava-1.5-7b-hf": 6_738_939_904,
 }
 
 

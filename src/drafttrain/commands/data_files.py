@@ -27,6 +27,7 @@ from drafttrain.data_gen.training_data import source_of
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.run import quiet_libraries
 from drafttrain.serving.live_server import PATIENCE
+from drafttrain.target_model.image_reader import ImageReader
 from drafttrain.target_model.tokenizer import load_target_tokenizer
 
 SERVED_CHATS = 64
@@ -112,7 +113,8 @@ def check_data(
 def _checkers(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Checker, int | None]]:
     """Yield the name, the checker, and the most items of each source."""
     quiet_libraries()
-    encoder = Encoder(load_target_tokenizer(recipe.target), recipe.data.max_length)
+    tokenizer, images = load_target_tokenizer(recipe.target), ImageReader.load(recipe.target)
+    encoder = Encoder(tokenizer, recipe.data.max_length, images=images)
     places = dict[bytes, str]()
     for number, chosen in enumerate(recipe.data.sources):
         source = source_of(chosen, RunFolder(folder).data)

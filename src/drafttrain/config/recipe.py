@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from drafttrain.config.images import problems_of_images
 from drafttrain.config.searched import is_searched, needs_no_loss, problems_of_search, problems_of_swift
 from drafttrain.config.tuned import problems_of_tuning
 from drafttrain.core.registry import Registry, components_of
@@ -111,7 +112,7 @@ class Recipe:
         problems += problems_of_tuning(self, made_of)
         problems += self._trees()
         problems += self._numbered_devices()
-        problems += [*self._beside(), *problems_of_swift(self)]
+        problems += [*self._beside(), *problems_of_swift(self), *problems_of_images(self)]
         if "gain_over_start" in self.export.require and not self.eval.start:
             problems.append("export.require.gain_over_start: the start is not evaluated with eval.start: false")
         problems += self._adapters()

@@ -18,6 +18,7 @@ from drafttrain.core.altered_text import AlteredText
 from drafttrain.core.eight_bit import as_states
 from drafttrain.core.few_sizes import few_sizes
 from drafttrain.core.flops import EARLY, BatchShape
+from drafttrain.core.images import PlacedImages
 from drafttrain.core.target_rows import (
     AlignedRows,
     RowChoice,
@@ -107,6 +108,8 @@ class DraftBatch:
     """Of a drafter with its own tokenizer (`Drafter.with_own_text`)."""
     altered: AlteredText | None = None
     """Of a drafter that is trained on altered texts (`Drafter.notes`)."""
+    images: Sequence[PlacedImages] = ()
+    """Of the records that have some."""
 
     @property
     def shape(self) -> BatchShape:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from drafttrain.core.images import Image
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -52,6 +54,8 @@ class Record:
     """Where the target's outputs on this record are cached; empty: nowhere."""
     logged: LoggedDistribution | None = None
     """The target's distribution from a serving log; None: not logged."""
+    images: Sequence[Image] = ()
+    """In the order of their tokens."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Prompt:
     """Id of the first turn's prompt; empty: this is the first turn."""
     questions: Sequence[str] = ()
     """Later questions of the conversation; each follows the target's own answer to the one before."""
+    images: Sequence[Image] = ()
+    """In the order of their tokens."""
     chat: Any = None
     """The chat up to this question (`data_gen.chat.Chat`), where later questions follow; None: none follow."""
 

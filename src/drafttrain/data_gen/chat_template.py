@@ -54,10 +54,13 @@ class ChatTemplate:
 
     Args:
         notes: Notes for the user on how records were read, with counts.
+        placeholder: The text that stands for an image; the template then reads turns in parts of text and images. None: it reads
+            text.
     """
 
     tokenizer: Any
     notes: Counter[str] = field(default_factory=Counter)
+    placeholder: str | None = None
 
     @property
     def exists(self) -> bool:
@@ -250,13 +253,14 @@ class ChatTemplate:
         """Return the turns with thoughts under the key that the template reads: servers and data sets use several."""
         source = str(self.tokenizer.chat_template)
         read = next((name for name in REASONING if name in source), None)
-        return [
+        turns = [
             {
                 read if read and key in REASONING and key not in source else key: value
                 for key, value in (with_text(turn) if calls_in_text else turn).items()
             }
             for turn in chat.turns
         ]
+        return turns if self.placeholder is None else [in_parts(turn, self.placeholder) for turn in turns]
 
     @cached_property
     def _calls_in_text(self) -> bool:
@@ -323,6 +327,16 @@ def _check_thoughts(content: str, answer: str, count: int) -> None:
                 f"the chat template leaves out a part of 'content' of an answer (turn {count}), from {part.strip()[:20]!r}: "
                 "the target's text is not known"
             )
+
+
+def in_parts(turn: dict[str, Any], placeholder: str) -> dict[str, Any]:
+    """Return a turn whose content is in parts, as templates of multimodal models read it; an image takes the line end after it."""
+    first, *others = turn["content"].split(placeholder)
+    parts = [{"type": "text", "text": first}] if first or not others else []
+    for text in others:
+        words = text.removeprefix("\n")
+        parts += [{"type": "image"}, *([{"type": "text", "text": words}] if words else [])]
+    return turn | {"content": parts}
 
 
 def with_text(turn: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.console import say_once
+from drafttrain.core.images import Image
 from drafttrain.core.probability import sampling_probs
 from drafttrain.core.texts import Sampling
 from drafttrain.target_model.cached_lm import CachedLM
@@ -29,6 +30,7 @@ def continued(
     numbers_BT: Tensor,
     model_BT: Tensor | None = None,
     written: Callable[[int], None] | None = None,
+    images: Sequence[Sequence[Image]] | None = None,
 ) -> list[list[int]]:
     """Return the continuation of each prompt, up to a token that ends a text or to its limit.
 
@@ -41,6 +43,7 @@ def continued(
         numbers_BT: Uniform numbers in [0, 1), float64. A token is drawn by inverting the cumulative distribution at its number.
         model_BT: Number of the model that draws each token; None: the first one draws all.
         written: Called after every step with the number of new tokens.
+        images: Of each prompt, which all models read; None: of none.
     """
     lengths = {len(prompt) for prompt in prompts}
     if len(lengths) > 1:
@@ -57,11 +60,12 @@ def continued(
                         limits=[limits[row]],
                         numbers_BT=numbers_BT[row : row + 1],
                         model_BT=None if model_BT is None else model_BT[row : row + 1],
+                        images=None if images is None else images[row : row + 1],
                         **same,
                     )
                 ]
     for lm in models:
-        lm.begin([list(prompt[:-1]) for prompt in prompts])
+        lm.begin([list(prompt[:-1]) for prompt in prompts], images=images)
     new: list[list[int]] = [[] for _ in prompts]
     live = list(range(len(prompts)))
     inputs = [prompt[-1] for prompt in prompts]

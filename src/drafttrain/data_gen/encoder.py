@@ -9,15 +9,18 @@ from functools import cached_property
 from typing import Any
 
 from drafttrain.core.console import say
+from drafttrain.core.images import Image
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.bad_item import BadItem, NoLabel
 from drafttrain.data_gen.chat import Chat, answer_key, chat_of, prompt_is_chat
 from drafttrain.data_gen.chat_template import ChatTemplate
 from drafttrain.data_gen.plain_ids import continuation_ids
 from drafttrain.data_gen.raw_text import RawText
-from drafttrain.data_gen.record_keys import FOR_TEMPLATE, Reading, form_of
+from drafttrain.data_gen.record_images import NO_READER, images_of, with_images, with_placeholders
+from drafttrain.data_gen.record_keys import FOR_TEMPLATE, IMAGES, Reading, form_of
 from drafttrain.data_gen.token_rows import token_row
 from drafttrain.data_gen.turns import text_of, unicode_text
+from drafttrain.target_model.image_reader import ImageReader
 from drafttrain.target_model.tokenizer import num_ids
 
 TOKENS = ("tokens", "input_ids")
@@ -38,6 +41,8 @@ class Encoder:
     """How the records of the current source are read."""
     notes: Counter[str] = field(default_factory=Counter)
     """Notes for the user on how records were read, with counts."""
+    images: ImageReader | None = None
+    """Reads images; None: records with images are refused."""
 
     @cached_property
     def size(self) -> int:
@@ -47,7 +52,7 @@ class Encoder:
     @cached_property
     def template(self) -> ChatTemplate:
         """The tokenizer's chat template."""
-        return ChatTemplate(self.tokenizer, self.notes)
+        return ChatTemplate(self.tokenizer, self.notes, None if self.images is None else self.images.placeholder)
 
     @cached_property
     def raw(self) -> RawText:
@@ -71,12 +76,13 @@ class Encoder:
         """
         form, value = form_of(value, self.reading)
         id, domain = _id(value, id), str(value.get("domain", ""))
+        images = self._images(form, value)
         if form == "text":
             return self._windows(value["text"], id=id, domain=domain)
-        rows = self.rows(form, value)
+        rows = [self._seen(*row, images) for row in self.rows(form, value)]
         records = [
-            Record(id if len(rows) == 1 else f"{id}@{i}", tokens[: self.max_length], mask, domain=domain)
-            for i, (tokens, whole_mask) in enumerate(rows)
+            Record(id if len(rows) == 1 else f"{id}@{i}", self._first(tokens), mask, domain=domain, images=own)
+            for i, (tokens, whole_mask, own) in enumerate(rows)
             for mask in [whole_mask[: self.max_length]]
             if any(mask[1:])
         ]
@@ -107,8 +113,14 @@ class Encoder:
         """
         form, value = form_of(value, self.reading)
         id = _id(value, id)
+        images = self._images(form, value)
         tokens = self._prompt(form, value)
+        tokens, _, _ = self._seen(tokens, [False] * len(tokens), images)
         prompts = [(id, tokens)]
+        if images and tokens[-1] == self._reader.visual_id:
+            raise BadItem(f"{IMAGES}: the prompt ends with an image: the target answers after text")
+        if images and prompt_tokens is not None and form in PLAIN:
+            raise BadItem(f"{IMAGES}: a prompt with images is not cut into pieces of prompt_tokens")
         if prompt_tokens is not None and form in PLAIN:
             pieces = [tokens[start : start + prompt_tokens] for start in range(0, len(tokens), prompt_tokens)]
             prompts = [(f"{id}@{i * prompt_tokens}", p) for i, p in enumerate(pieces) if len(p) == prompt_tokens]
@@ -118,6 +130,10 @@ class Encoder:
         if not fitting:
             raise BadItem(f"a prompt must have 1..{self.max_length - 1} tokens: this one has {len(prompts[0][1])}")
         return fitting
+
+    def images_of(self, value: Mapping[str, Any]) -> list[Image]:
+        """Return the images of an item."""
+        return images_of(self.reading.without_ignored(self.reading.renamed(value)))
 
     def later_questions(self, value: Mapping[str, Any]) -> tuple[Chat | None, list[str]]:
         """Return the chat of an item's first question, and its later ones (MT-bench); None: it has no later ones.
@@ -129,6 +145,10 @@ class Encoder:
         asked = value[form]
         if form != "turns" or len(asked) < 2 or not isinstance(asked[0], str):
             return None, []
+        if value.get(IMAGES):
+            raise BadItem(
+                f"{IMAGES}: later questions of a conversation with images are not asked: give its first alone"
+            )
         later = [text_of(question, f"turns.{number}") for number, question in enumerate(asked[1:], 1)]
         return chat_of(form, value, self.reading), later
 
@@ -157,6 +177,47 @@ class Encoder:
         """
         chat = Chat(list(messages), [False] * len(messages), arguments=arguments)
         return self.template.ids(self.template.text(chat, asks=add_generation_prompt))
+
+    @property
+    def _reader(self) -> ImageReader:
+        assert self.images is not None, "records with images are refused without it"
+        return self.images
+
+    def _images(self, form: str, value: dict[str, Any]) -> list[Image]:
+        """Return the images of a record; write the target's placeholder where its turns name an image.
+
+        Raises:
+            BadItem: One cannot be read, or images are not read here or in this form.
+        """
+        images = images_of(value)
+        if not images:
+            return []
+        if self.images is None:
+            raise BadItem(NO_READER)
+        if form == "text":
+            raise BadItem(f"{IMAGES}: plain text is cut into windows: use prompt and completion, or a chat")
+        if is_chat(form, value):
+            value[form] = with_placeholders(value[form], self.images.placeholder)
+        return images
+
+    def _seen(
+        self, tokens: Sequence[int], mask_T: Sequence[bool], images: Sequence[Image]
+    ) -> tuple[list[int], list[bool], list[Image]]:
+        """Return tokens with those of their images, the mask, and the images."""
+        if self.images is None:
+            return list(tokens), list(mask_T), []
+        return with_images(tokens, mask_T, images, self.images)
+
+    def _first(self, tokens: Sequence[int]) -> list[int]:
+        """Return the tokens up to `max_length`.
+
+        Raises:
+            BadItem: An image is beyond it.
+        """
+        first = list(tokens[: self.max_length])
+        if self.images is not None and self.images.visual_id in tokens[self.max_length :]:
+            raise BadItem(f"{IMAGES}: an image is beyond the first {self.max_length} tokens (data.max_length)")
+        return first
 
     def _prompt(self, form: str, value: Mapping[str, Any]) -> list[int]:
         """Return all ids of an item, before cutting."""

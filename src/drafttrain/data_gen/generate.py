@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from drafttrain.core.console import say
 from drafttrain.core.random import stream_seed
-from drafttrain.core.texts import Sampling
+from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.data_gen.backends import Backend, Plan, Task, backends
 from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.names import Names, content_name, shared_names
@@ -17,7 +17,7 @@ from drafttrain.data_gen.quarantine import read_items
 from drafttrain.data_gen.questions import write_questions
 from drafttrain.data_gen.settings import PROMPTS, GenerateSettings
 from drafttrain.data_gen.shards import Tasks, write_shards
-from drafttrain.data_gen.sources import PromptSource, Source, content_of, sources
+from drafttrain.data_gen.sources import Item, PromptSource, Source, content_of, sources
 from drafttrain.target_model import Target
 
 
@@ -71,14 +71,14 @@ def _about(settings: GenerateSettings, backend: Backend, plan: Plan, *, max_leng
 def _tasks(settings: GenerateSettings, target: Target, folder: Path, *, seed: int, max_length: int) -> Tasks:
     """Return the texts to write: prompts of all sources, shuffled and mixed by weight, with the temperatures in turn."""
     names = Names()
-    mixed: list[tuple[float, str, list[int]]] = []
+    mixed: list[tuple[float, Prompt]] = []
     for key, chosen in settings.prompt_sources().items():
         found = (
             [] if chosen.weight == 0 else _prompts(key, chosen, settings, target, folder, seed=seed, length=max_length)
         )
-        prompts = [(names.own(id), tokens) for id, tokens in found]
-        prompts.sort(key=lambda prompt: stream_seed(seed, "prompt order", prompt[0]))
-        mixed += [((place + 0.5) / chosen.weight, *prompt) for place, prompt in enumerate(prompts)]
+        prompts = [replace(prompt, id=names.own(prompt.id)) for prompt in found]
+        prompts.sort(key=lambda prompt: stream_seed(seed, "prompt order", prompt.id))
+        mixed += [((place + 0.5) / chosen.weight, prompt) for place, prompt in enumerate(prompts)]
     mixed.sort(key=lambda prompt: prompt[0])
     num_shared = names.num_shared
     if num_shared:
@@ -90,29 +90,34 @@ def _tasks(settings: GenerateSettings, target: Target, folder: Path, *, seed: in
     tasks = []
     for number in range(settings.num_records):
         again, place = divmod(number, len(mixed))
-        _, id, tokens = mixed[place]
+        _, prompt = mixed[place]
         # A prompt that is used again takes the next temperature: greedy decoding would repeat the text.
         temperature = settings.temperatures[(place + again) % len(settings.temperatures)]
         sampling = Sampling(temperature, top_p=1.0 if temperature == 0 else settings.top_p)
-        tasks.append(Task(names.own(id) if again else id, tokens, sampling))
+        id = names.own(prompt.id) if again else prompt.id
+        tasks.append(Task(id, prompt.tokens, sampling, prompt.images))
     return tasks, {"shared_names": num_shared} if num_shared else {}
 
 
 def _prompts(
     key: str, chosen: Any, settings: GenerateSettings, target: Target, folder: Path, *, seed: int, length: int
-) -> Iterator[tuple[str, list[int]]]:
-    """Yield (id, tokens) of the prompts of one source; bad ones are quarantined."""
+) -> Iterator[Prompt]:
+    """Yield the prompts of one source; bad ones are quarantined."""
     if chosen.kind == "magpie" and chosen.path is None:
         chosen = write_questions(chosen, settings, target, folder.with_name(key.replace(PROMPTS, "prompts")), seed=seed)
-    encoder = Encoder(target.tokenizer, length).reading_as(chosen)
+    encoder = Encoder(target.tokenizer, length, images=target.images).reading_as(chosen)
     source: Source = sources.build(chosen)
+
+    def read(item: Item) -> list[Prompt]:
+        if isinstance(source, PromptSource):
+            return [Prompt(id, tokens) for id, tokens in source.prompts(item, encoder)]
+        images = encoder.images_of(item.value)
+        found = encoder.prompts(item.value, id=content_name(item.value), prompt_tokens=settings.prompt_tokens)
+        return [Prompt(id, tokens, images=images) for id, tokens in found]
+
     yield from read_items(
         source,
-        lambda item: (
-            source.prompts(item, encoder)
-            if isinstance(source, PromptSource)
-            else encoder.prompts(item.value, id=content_name(item.value), prompt_tokens=settings.prompt_tokens)
-        ),
+        read,
         folder / f"{key.replace(PROMPTS, 'quarantine')}.jsonl",
         name=key,
         max_items=chosen.max_items,

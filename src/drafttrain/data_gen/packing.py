@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from drafttrain.core.batches import DraftBatch
+from drafttrain.core.images import PlacedImages
 from drafttrain.core.texts import Record
 
 
@@ -92,6 +93,9 @@ def pack(
         weight_of_step=weight_of_step,
         step=step,
         record_ids=[record.id for record in records],
+        images=[
+            PlacedImages(*place, record.images) for place, record in zip(places, records, strict=True) if record.images
+        ],
         drawn_tokens=[sum(record.loss_mask) if record.drawn_by else 0 for record in records],
     )
     return batch, places

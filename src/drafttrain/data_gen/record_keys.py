@@ -21,6 +21,8 @@ ANSWERS = {
     "prompt": ("completion", "response"),
 }
 """By form: the keys that may hold its answer."""
+IMAGES = "images"
+"""Key beside any form but plain text: what its placeholders stand for."""
 FORMS: dict[str, tuple[str, ...]] = {
     "messages": FOR_TEMPLATE,
     "conversations": FOR_TEMPLATE,
@@ -34,7 +36,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "input_ids": ("labels", "attention_mask", *MASKS),
 }
 """By the key that identifies a form: the other keys that it may have."""
-KEYS = sorted({*FORMS, *(key for keys in FORMS.values() for key in keys), "id", "domain"})
+KEYS = sorted({*FORMS, *(key for keys in FORMS.values() for key in keys), "id", "domain", IMAGES})
 """All keys of records that are read."""
 METADATA = frozenset(
     """
@@ -102,7 +104,7 @@ def form_of(value: Mapping[str, Any], reading: Reading) -> tuple[str, dict[str, 
         )
     form = forms[0]
     for key, part in found.items():
-        known = key == form or key in FORMS[form] or is_metadata(key)
+        known = key in (form, IMAGES) or key in FORMS[form] or is_metadata(key)
         if not known and not _is_empty(part):
             raise BadItem(unknown(key))
     if form == "prompt" and reading.chat is not None and isinstance(found[form], str):

@@ -10,6 +10,7 @@ from drafttrain.core.texts import Sampling
 from drafttrain.data_gen.annotate import annotators
 from drafttrain.data_gen.backends import backends
 from drafttrain.data_gen.backends.builtin import BuiltinSettings
+from drafttrain.data_gen.curriculum import CurriculumSettings
 from drafttrain.data_gen.sources import sources
 from drafttrain.data_gen.states import states
 from drafttrain.data_gen.states.builtin import BuiltinStates
@@ -134,6 +135,9 @@ class DataSettings:
     )
     on_policy: OnPolicySettings | None = setting(
         None, help="Answers that the drafter in training writes in place of those of the records; null: none."
+    )
+    curriculum: CurriculumSettings | None = setting(
+        None, help="Text first, then more and more records with images (MSD); null: sources are mixed by their weights."
     )
     annotate: Any = setting(
         None,

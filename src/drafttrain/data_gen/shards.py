@@ -17,6 +17,8 @@ from typing import Any
 from drafttrain.core.console import progress, say
 from drafttrain.core.files import sha256_of, write_json, write_text
 from drafttrain.data_gen.backends import Backend, Outcome, Task
+from drafttrain.data_gen.record_images import stored
+from drafttrain.data_gen.record_keys import IMAGES
 from drafttrain.distributed.collectives import first_before_others, own_share, wait_for_all
 from drafttrain.distributed.world import is_first
 from drafttrain.target_model import Target
@@ -132,13 +134,15 @@ def _account(outcome: Outcome) -> dict[str, Any]:
 
 
 def _line(task: Task, new: Sequence[int], target: Target) -> str:
-    record = {
+    record: dict[str, Any] = {
         "id": task.id,
         "tokens": [*task.prompt, *new],
         "loss_mask": [0] * len(task.prompt) + [1] * len(new),
         "sampling": asdict(task.sampling),
         "drawn_by": target.fingerprint,
     }
+    if task.images:
+        record[IMAGES] = [stored(image) for image in task.images]
     return json.dumps(record, separators=(",", ":")) + "\n"
 
 

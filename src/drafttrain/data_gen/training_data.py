@@ -13,10 +13,12 @@ import numpy as np
 from drafttrain.core.altered_text import packed_alterations
 from drafttrain.core.batches import DraftBatch
 from drafttrain.core.console import say
+from drafttrain.core.images import Image
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import LoggedDistribution, Record
 from drafttrain.data_gen.chat_template import common_start
 from drafttrain.data_gen.contamination import Key, contaminated, write_contamination
+from drafttrain.data_gen.curriculum import CurriculumSampler
 from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.generate import generate
 from drafttrain.data_gen.packing import as_padding, pack, plan, row_length
@@ -33,19 +35,41 @@ from drafttrain.data_gen.stored.target_sums import add_sums, sums_of_shards
 from drafttrain.data_gen.stored.wanted import Wanted
 from drafttrain.drafters.text_notes import TextNotes
 from drafttrain.target_model import Target
+from drafttrain.target_model.image_reader import ImageReader
 
 STEPS_LOOKED_AT = 32
 """Steps whose padding is counted before training; some milliseconds."""
 
 
 class TrainingData:
-    """The records of a run and the order in which training reads them."""
+    """The records of a run and the order in which training reads them.
 
-    def __init__(self, stores: Sequence[Store], settings: DataSettings, encoder: Encoder, *, seed: int) -> None:
+    Args:
+        num_records: Records of the whole training, for `data.curriculum`; None: it is not known, and there is no curriculum.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[Store],
+        settings: DataSettings,
+        encoder: Encoder,
+        *,
+        seed: int,
+        num_records: int | None = None,
+    ) -> None:
         self.stores = list(stores)
         self.settings = settings
         self.encoder = encoder
         self.sampler = Sampler([len(store) for store in stores], [s.weight for s in settings.sources], seed=seed)
+        if settings.curriculum is not None and num_records is not None:
+            self.sampler = CurriculumSampler(
+                self.sampler.sizes,
+                [s.weight for s in settings.sources],
+                seed=seed,
+                with_images=[store.images is not None for store in stores],
+                settings=settings.curriculum,
+                num_records=num_records,
+            )
         self.caches: list[RowCache | None] = [None] * len(self.stores)
         self.noted: list[NotedTexts] = []
         """By source, what the target noted about its texts; empty: the drafter reads no notes."""
@@ -189,6 +213,11 @@ class TrainingData:
             counts_V[:size] += source.weight / len(store) * np.bincount(store.labels, minlength=size)
         return counts_V
 
+    def with_same_image(self, images: Mapping[Key, Sequence[Image]]) -> list[Key]:
+        """Return the keys of prompts with an image of any record."""
+        known = {digest for store in self.stores if store.images is not None for digest in store.images.digests()}
+        return [key for key, own in images.items() if any(image.digest in known for image in own)]
+
     def contaminated(self, prompts: Mapping[Key, Sequence[Sequence[int]]]) -> list[Key]:
         """Return the keys of prompts that share an n-gram with any record, not counting what a chat template adds.
 
@@ -243,15 +272,24 @@ def prepare(
     *,
     tokenizer: Any,
     tokenizer_fingerprint: str,
+    images: ImageReader | None = None,
     seed: int,
+    num_records: int | None = None,
 ) -> TrainingData:
-    """Encode every source, or load the stores of an earlier run."""
-    encoder = Encoder(tokenizer, settings.max_length)
+    """Encode every source, or load the stores of an earlier run.
+
+    Args:
+        num_records: See `TrainingData`.
+        images: Reads images; None: records with images are quarantined.
+    """
+    encoder = Encoder(tokenizer, settings.max_length, images=images)
     stores = []
     for number, chosen in enumerate(settings.sources):
         content = content_of(chosen)
         content.pop("weight")
         about = {"source": content, "max_length": settings.max_length, "tokenizer": tokenizer_fingerprint}
+        if images is not None:
+            about["images"] = True
         source = source_of(chosen, folder)
         if isinstance(source, Versioned):
             about["version"] = source.version()
@@ -269,7 +307,7 @@ def prepare(
                 f"{logged['named_tokens']} tokens a row; the mean tail mass is {logged['mean_tail_mass']:.4f}"
             )
         stores.append(store)
-    return TrainingData(stores, settings, encoder, seed=seed)
+    return TrainingData(stores, settings, encoder, seed=seed, num_records=num_records)
 
 
 def attach_cache(
@@ -334,13 +372,26 @@ def attach_notes(
         data.noted.append(noted)
 
 
-def note_contamination(data: TrainingData, prompts: Mapping[Key, Sequence[Sequence[int]]], path: Path) -> list[Key]:
-    """Write the keys of contaminated prompts, given by the tokens of each question, to a file and return them."""
-    found = data.contaminated(prompts)
+def note_contamination(
+    data: TrainingData,
+    prompts: Mapping[Key, Sequence[Sequence[int]]],
+    path: Path,
+    *,
+    images: Mapping[Key, Sequence[Image]] | None = None,
+) -> list[Key]:
+    """Write the keys of contaminated prompts, given by the tokens of each question, to a file and return them.
+
+    Args:
+        images: Of prompts that have some: these are contaminated by their images, because many ask the same question.
+    """
+    images = images or {}
+    found = data.contaminated({key: asked for key, asked in prompts.items() if key not in images})
     if found:
         say(
             f"contamination: {len(found)} of {len(prompts)} evaluation prompts share {data.settings.overlap_ngram} tokens in "
             "a row with the training text and are not evaluated"
         )
-    write_contamination(path, found, num_prompts=len(prompts), ngram=data.settings.overlap_ngram)
-    return found
+    if seen := data.with_same_image(images):
+        say(f"contamination: {len(seen)} evaluation prompts have an image of the training data and are not evaluated")
+    write_contamination(path, [*found, *seen], num_prompts=len(prompts), ngram=data.settings.overlap_ngram)
+    return [*found, *seen]

@@ -9,6 +9,7 @@ from typing import Any
 
 from drafttrain.core.console import progress
 from drafttrain.core.generations import Generation
+from drafttrain.core.images import Image
 from drafttrain.core.roles import CostAware, Remembers
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import Drafter
@@ -106,6 +107,11 @@ class Arm:
     def tokens_and_seconds(self) -> tuple[list[int], list[float]]:
         """Return new tokens and time of each prompt."""
         return [len(one.tokens) for one in self.generations], [one.seconds for one in self.generations]
+
+    @property
+    def images(self) -> list[Sequence[Image]]:
+        """The images of each prompt."""
+        return [prompt.images for prompt in self.prompts]
 
     @property
     def units(self) -> list[str]:
@@ -223,7 +229,8 @@ def faster_baseline(plain: Arm, generated: Sequence[Generation]) -> Baseline:
 
 def writes_same_text(plain: Arm, generated: Sequence[Generation]) -> bool:
     """Return whether transformers' generate writes the same text as plain decoding; near ties are not counted."""
-    return parity(plain.generations[: len(generated)], generated, plain.target).lossless
+    count = len(generated)
+    return parity(plain.generations[:count], generated, plain.target, images=plain.images[:count]).lossless
 
 
 def tokens_per_second(generations: Sequence[Generation]) -> float:

@@ -41,7 +41,8 @@ Prefill = Callable[[CachedLM, Sequence[Prompt], TargetNeeds], list[TargetOutput]
 
 def whole_prompts(lm: CachedLM, prompts: Sequence[Prompt], needs: TargetNeeds) -> list[TargetOutput]:
     """Read prompts, and keep all of them."""
-    return lm.begin([prompt.tokens[:-1] for prompt in prompts], needs=needs)
+    tokens, images = [prompt.tokens[:-1] for prompt in prompts], [prompt.images for prompt in prompts]
+    return lm.begin(tokens, needs=needs, images=images)
 
 
 @dataclass

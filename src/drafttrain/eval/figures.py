@@ -99,7 +99,9 @@ def drafter_figures(
         proposer=component_mapping(source.settings) if isinstance(source, TrainingFree) else None,
         task=None if settings.checker is None else _task_score(arm, plain, settings),
         agreement=agreement(plain.generations, arm.generations, arm.units) if greedy and lossy else None,
-        parity=parity(plain.generations, arm.generations, arm.target) if greedy and not lossy else None,
+        parity=parity(plain.generations, arm.generations, arm.target, images=arm.images)
+        if greedy and not lossy
+        else None,
         round=_round_times(arm),
         two_devices=_two_devices(arm, plain) if settings.schedule == PIPELINED else None,
     )
@@ -178,8 +180,8 @@ def _replayed(
     if not isinstance(arm.source, Drafter) or not arm.source.replayable:
         return None, None, {}
     texts = [
-        Text(one.id, list(one.prompt_tokens), list(one.tokens[: count.num_tokens]))
-        for one, count in zip(arm.generations, counts, strict=True)
+        Text(one.id, list(one.prompt_tokens), list(one.tokens[: count.num_tokens]), images)
+        for one, count, images in zip(arm.generations, counts, arm.images, strict=True)
     ]
     rows = replay_rows(arm.target, arm.source, texts, sampling, num_depths=max(settings.replay_lengths, default=0))
     tokens, units = [len(text.new) for text in texts], arm.units

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from drafttrain.core.generations import Generation
+from drafttrain.core.images import Image
 from drafttrain.target_model import Target
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -75,12 +76,22 @@ class Parity:
         return asdict(self)
 
 
-def parity(plain: Sequence[Generation], drafted: Sequence[Generation], target: Target) -> Parity:
-    """Compare greedy outputs with the target's own, prompt by prompt."""
+def parity(
+    plain: Sequence[Generation],
+    drafted: Sequence[Generation],
+    target: Target,
+    *,
+    images: Sequence[Sequence[Image]] | None = None,
+) -> Parity:
+    """Compare greedy outputs with the target's own, prompt by prompt.
+
+    Args:
+        images: Of each prompt; None: of none.
+    """
     found = [
         divergence
-        for ours, theirs in zip(drafted, plain, strict=True)
-        if (divergence := _first_difference(theirs, ours, target)) is not None
+        for ours, theirs, seen in zip(drafted, plain, images or [()] * len(plain), strict=True)
+        if (divergence := _first_difference(theirs, ours, target, seen)) is not None
     ]
     near = sum(one.near_tie for one in found)
     text = _in_words(len(plain), found, str(target.model.dtype).removeprefix("torch."))
@@ -109,7 +120,9 @@ def _in_words(num_prompts: int, divergences: Sequence[Divergence], dtype: str) -
     return "; ".join(parts)
 
 
-def _first_difference(plain: Generation, drafted: Generation, target: Target) -> Divergence | None:
+def _first_difference(
+    plain: Generation, drafted: Generation, target: Target, images: Sequence[Image]
+) -> Divergence | None:
     assert plain.id == drafted.id
     if list(plain.tokens) == list(drafted.tokens):
         return None
@@ -120,7 +133,7 @@ def _first_difference(plain: Generation, drafted: Generation, target: Target) ->
     text = list(plain.prompt_tokens), list(plain.tokens[:position])
     # One token a call, as plain decoding reads it; and as many as the call had read that verified this token.
     calls = (1, _read_together(drafted, position, sum(map(len, text))))
-    paths = [target.logits_after(*text, together=count) for count in calls]
+    paths = [target.logits_after(*text, together=count, images=images) for count in calls]
     ours, theirs = plain.tokens[position], drafted.tokens[position]
     gap = max(abs(float(logits_V[ours] - logits_V[theirs])) for logits_V in paths)
     rounding = TOLERANCE[target.model.dtype] * max(float(logits_V.abs().max()) for logits_V in paths)

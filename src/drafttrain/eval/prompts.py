@@ -17,6 +17,7 @@ from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.names import Names
 from drafttrain.data_gen.sources import Item, RecordForm
 from drafttrain.data_gen.sources.jsonl import lines
+from drafttrain.target_model.image_reader import ImageReader
 
 BUILTIN = "builtin:"
 IDS = ("id", "question_id", "task_id")
@@ -68,6 +69,7 @@ def read_prompts(
     tokenizer: Any,
     *,
     prompt_tokens: int | None,
+    images: ImageReader | None = None,
     max_length: int = 1 << 20,
     dropped: Collection[str] = (),
     limit: int | None = None,
@@ -76,13 +78,14 @@ def read_prompts(
 
     Args:
         prompt_tokens: Plain text is cut to this many tokens.
+        images: Reads images; None: prompts with images are refused.
         dropped: Ids of contaminated prompts, which are left out.
         limit: Most prompts that are returned.
 
     Raises:
         DataError: With every line of a file that is not a prompt.
     """
-    encoder = Encoder(tokenizer, max_length)
+    encoder = Encoder(tokenizer, max_length, images=images)
     if isinstance(prompts, str):
         found = _of_file(PromptFile(path=prompts), encoder, prompt_tokens=prompt_tokens)
     else:
@@ -145,6 +148,7 @@ def _prompt(item: Item, number: int, file: PromptFile, encoder: Encoder, *, prom
         answer=str(value.get("answer", "")),
         language=str(value.get("language") or value.get("lang") or ""),
         questions=questions,
+        images=encoder.images_of(item.value),
         chat=chat,
     )
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from drafttrain.core.images import Image
 from drafttrain.core.probability import acceptance_rate, sampling_probs, without_padding
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Record, Sampling
@@ -37,6 +38,8 @@ class Text:
     id: str
     prompt: Sequence[int]
     new: Sequence[int]
+    images: Sequence[Image] = ()
+    """Of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,18 @@ def _replay_batch(
     target: Target, drafter: Drafter, texts: Sequence[Text], sampling: Sampling, num_depths: int, *, any_text: bool
 ) -> list[ReplayRows]:
     records = [
-        Record(text.id, [*text.prompt, *text.new], [False] * len(text.prompt) + [True] * len(text.new))
+        Record(
+            text.id,
+            [*text.prompt, *text.new],
+            [False] * len(text.prompt) + [True] * len(text.new),
+            images=text.images,
+        )
         for text in texts
     ]
     width = max(len(record.tokens) for record in records)
     batch, _ = pack(records, width=width, weight_of_step=1.0)
-    seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs() | TargetNeeds(final=True))
+    needs = drafter.needs() | TargetNeeds(final=True)
+    seen = target.read(batch.tokens_BT, batch.positions_BT, needs, images=batch.images)
     target_rows = target.rows_of(seen)
     # In training the drafter may be on another device than its target.
     device = drafter.device

@@ -72,7 +72,7 @@ def measure(
         plain=tokens_per_second(plain.generations),
         transformers_generate=tokens_per_second(generated) if generated else None,
         block_efficiency=tokens_a_round(drafted.generations),
-        parity=parity(plain.generations, drafted.generations, target) if greedy else None,
+        parity=parity(plain.generations, drafted.generations, target, images=plain.images) if greedy else None,
     )
 
 

@@ -24,6 +24,7 @@ from drafttrain.eval.prompts import Prompts, name_of, read_prompts
 from drafttrain.pipeline.model_parts import target_parts
 from drafttrain.pipeline.run import Run
 from drafttrain.target_model.device import kind_of_device
+from drafttrain.target_model.image_reader import processor_files
 from drafttrain.target_model.tokenizer import tokenizer_files, tokenizer_folder
 from drafttrain.training.settings import TrainSettings
 
@@ -84,12 +85,20 @@ def encoded_data(run: Run) -> TrainingData:
         run.recipe.data,
         run.folder.data,
         tokenizer=run.tokenizer,
-        tokenizer_fingerprint=files_digest(tokenizer_files(tokenizer_folder(run.recipe.target))),
+        tokenizer_fingerprint=files_digest(_files_that_encode(run)),
+        images=run.images,
         seed=run.recipe.seed,
+        num_records=run.recipe.train.max_steps * run.recipe.train.batch_size,
     )
     if run.has_target():
         _check_rows(data, num_rows=target_parts(run.recipe.target).num_rows, tokenizer=run.tokenizer)
     return data
+
+
+def _files_that_encode(run: Run) -> list[Path]:
+    """Return the files that determine how records become tokens."""
+    folder = tokenizer_folder(run.recipe.target)
+    return [*tokenizer_files(folder), *(processor_files(folder) if run.recipe.target.images else [])]
 
 
 def _check_rows(data: TrainingData, *, num_rows: int, tokenizer: Any) -> None:
@@ -115,11 +124,13 @@ def _check_rows(data: TrainingData, *, num_rows: int, tokenizer: Any) -> None:
 def _note_contamination(run: Run, data: TrainingData) -> None:
     wanted = run.recipe.eval
     prompts = {
-        (name_of(files), prompt.id): questions_of(prompt, run.tokenizer)
+        (name_of(files), prompt.id): prompt
         for files in (wanted.prompts, wanted.validation_prompts)
-        for prompt in read_prompts(files, run.tokenizer, prompt_tokens=wanted.prompt_tokens)
+        for prompt in read_prompts(files, run.tokenizer, prompt_tokens=wanted.prompt_tokens, images=run.images)
     }
-    note_contamination(data, prompts, run.folder.contamination)
+    questions = {key: questions_of(prompt, run.tokenizer) for key, prompt in prompts.items()}
+    images = {key: prompt.images for key, prompt in prompts.items() if prompt.images}
+    note_contamination(data, questions, run.folder.contamination, images=images)
 
 
 def contaminated_prompts(run: Run, prompts: Prompts) -> list[str]:

@@ -63,6 +63,7 @@ def evaluate_folders(
         settings.prompts,
         target.tokenizer,
         prompt_tokens=settings.prompt_tokens,
+        images=target.images,
         dropped=dropped,
         limit=settings.num_prompts,
     )

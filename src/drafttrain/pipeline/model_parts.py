@@ -13,6 +13,7 @@ from drafttrain.config.made_by import MADE_BY
 from drafttrain.core.errors import CheckpointError
 from drafttrain.target_model.folder_checks import check_causal_lm, in_one_line
 from drafttrain.target_model.folders import cached_folder, resolve_folder
+from drafttrain.target_model.image_reader import ImageReader
 from drafttrain.target_model.mimo import register_mimo
 from drafttrain.target_model.positions import position_limit
 from drafttrain.target_model.tokenizer import load_tokenizer, num_ids
@@ -38,6 +39,7 @@ class ModelParts:
         revision: str | None = None,
         tokenizer: str | None = None,
         trust_remote_code: bool = False,
+        images: bool = False,
         fetch: bool = True,
     ) -> None:
         self.key = key
@@ -45,6 +47,7 @@ class ModelParts:
         self._revision = revision
         self._tokenizer = tokenizer
         self._trust = trust_remote_code
+        self._images = images
         self._fetch = fetch
 
     @cached_property
@@ -70,6 +73,12 @@ class ModelParts:
     def tokenizer(self) -> Any:
         """The tokenizer."""
         return load_tokenizer(self.tokenizer_folder, trust_remote_code=self._trust)
+
+    @cached_property
+    def images(self) -> ImageReader | None:
+        """The reader of images; None: `target.images` is false."""
+        folder = self.tokenizer_folder
+        return ImageReader.of_folder(folder, trust_remote_code=self._trust) if self._images else None
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -124,5 +133,6 @@ def target_parts(settings: Any, *, fetch: bool = True) -> ModelParts:
         revision=settings.revision,
         tokenizer=settings.tokenizer,
         trust_remote_code=settings.trust_remote_code,
+        images=settings.images,
         fetch=fetch,
     )

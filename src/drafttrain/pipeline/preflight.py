@@ -246,7 +246,7 @@ def _chats(target: ModelParts, recipe: Recipe) -> Iterator[str]:
         prompts = getattr(recipe.eval, key)
         try:
             if not any(_missing(prompts)):
-                read_prompts(prompts, target.tokenizer, prompt_tokens=recipe.eval.prompt_tokens)
+                read_prompts(prompts, target.tokenizer, prompt_tokens=recipe.eval.prompt_tokens, images=target.images)
         except DataError as error:
             what, first, *_ = [*str(error).splitlines(), ""]
             yield f"eval.{key}: {what}{first and f', the first: {first.strip()}'}"

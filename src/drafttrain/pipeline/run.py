@@ -29,6 +29,7 @@ from drafttrain.eval.result import Result
 from drafttrain.pipeline.auto_types import resolve_auto_types
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.target_model import Target
+from drafttrain.target_model.image_reader import ImageReader
 from drafttrain.target_model.tokenizer import load_target_tokenizer, num_ids
 from drafttrain.training.result import TrainResult, folder_of_step, kept_steps
 
@@ -162,6 +163,11 @@ class Run(ABC):
     def tokenizer(self) -> Any:
         """The target's tokenizer, read without any weights."""
         return load_target_tokenizer(self.recipe.target)
+
+    @functools.cached_property
+    def images(self) -> ImageReader | None:
+        """The reader of the target's images, without any weights; None: `target.images` is false."""
+        return ImageReader.load(self.recipe.target)
 
     @property
     def num_tokens(self) -> int:

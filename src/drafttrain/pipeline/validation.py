@@ -59,16 +59,17 @@ class Validation:
             settings.validation_prompts,
             run.tokenizer,
             prompt_tokens=settings.prompt_tokens,
+            images=run.images,
             dropped=contaminated_prompts(run, settings.validation_prompts),
             limit=run.recipe.train.eval_prompts,
         )
         # Validation asks no later questions.
         check_lengths(run.target, [replace(prompt, questions=()) for prompt in prompts], settings)
-        tasks = [Task(prompt.id, list(prompt.tokens), self.sampling) for prompt in prompts]
+        tasks = [Task(prompt.id, list(prompt.tokens), self.sampling, prompt.images) for prompt in prompts]
         written = self._written(tasks)
         if settings.repetition_ngram:
             written = [new[: max(1, tokens_before_repetition(new, ngram=settings.repetition_ngram))] for new in written]
-        return [Text(task.id, task.prompt, new) for task, new in zip(tasks, written, strict=True)]
+        return [Text(task.id, task.prompt, new, task.images) for task, new in zip(tasks, written, strict=True)]
 
     def _written(self, tasks: list[Task]) -> list[list[int]]:
         run = self._run
@@ -142,7 +143,7 @@ class Validation:
     def _decoded(self, drafter: Any) -> dict[str, Any]:
         """Return the figures of a drafter whose drafts depend on the rounds before: the validation prompts are decoded with it."""
         settings, target = self._run.recipe.eval, self.target
-        prompts = [Prompt(text.id, list(text.prompt)) for text in self.texts]
+        prompts = [Prompt(text.id, list(text.prompt), images=text.images) for text in self.texts]
         with drafter.adapting(target) as served:
             engine = Engine(
                 served,

@@ -5,7 +5,7 @@ B = sequences, T = positions
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from drafttrain.core.batches import PackedDocuments
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.images import PlacedImages
 from drafttrain.core.memory import return_memory
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.tensors import TensorFiles
@@ -95,6 +96,7 @@ class AbsentTarget(Target):
         needs: TargetNeeds,
         *,
         documents: PackedDocuments | None = None,
+        images: Sequence[PlacedImages] = (),
     ) -> TargetOutput:
         """Refuse to run without blocks.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from drafttrain.core.device_time import Span
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.generations import ForwardEvent, ForwardShape
+from drafttrain.core.images import Image
 from drafttrain.core.proposals import LayerState
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
@@ -24,7 +25,7 @@ from drafttrain.target_model.anatomy import taps, trunk
 from drafttrain.target_model.block_range import block_range
 from drafttrain.target_model.grouped_attention import GroupedAttention
 from drafttrain.target_model.model_weights import ModelWeights
-from drafttrain.target_model.part import Part
+from drafttrain.target_model.part import Part, by_sequence
 from drafttrain.target_model.positions import check_positions, position_limit
 from drafttrain.target_model.ragged_cache import RaggedCache, Tree, additive_mask, padded_rows
 from drafttrain.target_model.rolling_back import refuse_states_that_cannot_roll_back, window_of
@@ -118,17 +119,25 @@ class CachedLM:
         *,
         needs: TargetNeeds | None = None,
         positions: Sequence[Sequence[int]] | None = None,
+        images: Sequence[Sequence[Image]] | None = None,
     ) -> list[TargetOutput]:
-        """Empty the cache and read these prompts in one call. Prompts may be empty; `positions` are those of `RaggedCache`."""
-        made = partial(RaggedCache, len(prompts), positions=positions)
-        self.cache = made()
-        if self.split is not None:
-            self._first_cache = made(layers=slice(self.split))
-            self.cache = made(layers=slice(self.split, None), after=self._first_cache.hf)
+        """Empty the cache and read these prompts, which may be empty. `positions`: see `RaggedCache`; images are refused here."""
+        if images is not None and any(images):
+            raise CheckpointError(
+                f"{self.name}: a prompt has images, and this model reads text only: see target.images"
+            )
+        self._empty(len(prompts), positions)
         seen = self.forward(prompts, needs=needs or TargetNeeds(), prefill=True)
         for cache in self._caches():
             cache.commit()
         return seen
+
+    def _empty(self, num_sequences: int, positions: Sequence[Sequence[int]] | None) -> None:
+        made = partial(RaggedCache, num_sequences, positions=positions)
+        self.cache = made()
+        if self.split is not None:
+            self._first_cache = made(layers=slice(self.split))
+            self.cache = made(layers=slice(self.split, None), after=self._first_cache.hf)
 
     def forward(
         self,
@@ -244,12 +253,8 @@ class CachedLM:
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Read and keep one token of every sequence; return logits_BV after it."""
-        output, _ = self._run(
-            [[token] for token in tokens],
-            parents=None,
-            needs=TargetNeeds(logits=True),
-            part=self._blocks(range(self._num_layers)),
-        )
+        new, part = [[token] for token in tokens], self._blocks(range(self._num_layers))
+        output, _ = self._run(new, parents=None, needs=TargetNeeds(logits=True), part=part)
         self.cache.commit()
         logits_BV: Tensor = output.logits[:, -1]
         return logits_BV
@@ -296,7 +301,6 @@ class CachedLM:
             running=running,
         )
 
-    @torch.no_grad()
     def _read(
         self,
         tokens: Sequence[Sequence[int]],
@@ -312,14 +316,7 @@ class CachedLM:
         if not any(sizes):
             return [TargetOutput() for _ in tokens]
         output, seen = self._run(tokens, parents=parents, needs=needs, part=part, embedded=embedded, prefill=prefill)
-        return [
-            TargetOutput(
-                logits_BTV=output.logits[row : row + 1, :size] if needs.logits else None,
-                hidden_BTD={int(i): state[row : row + 1, :size] for i, state in seen.items() if i != "final"},
-                final_BTD=seen["final"][row : row + 1, :size] if needs.final else None,
-            )
-            for row, size in enumerate(sizes)
-        ]
+        return by_sequence(output.logits if needs.logits else None, seen, sizes)
 
     @torch.no_grad()
     def _run(
@@ -336,44 +333,50 @@ class CachedLM:
         sizes = [len(nodes) for nodes in tokens]
         width = max(sizes)
         span = Span(self.device)
-        caches = part.caches
-        trees = caches[0].trees(sizes, parents)
+        trees = part.caches[0].trees(sizes, parents)
         tokens_BN = torch.tensor([[*nodes, *[0] * (width - len(nodes))] for nodes in tokens])
-        positions_BN = self._positions(caches[0], sizes, trees, width=width)
+        positions_BN = self._positions(part.caches[0], sizes, trees)
+        if self._takes_positions:
+            check_positions(self.model, int(positions_BN.max()), limit=self._position_limit, name=self.name)
         # One copy to the device for both.
         tokens_BN, positions_BN = torch.stack([tokens_BN, positions_BN]).to(self.device)
         arguments: dict[str, Any] = {
             **({"input_ids": tokens_BN} if embedded is None else {"inputs_embeds": padded_rows(embedded, width)}),
-            "attention_mask": self._mask(caches[0], trees, width),
-            "past_key_values": caches[0].hf,
-            "use_cache": True,
+            "attention_mask": self._mask(part.caches[0], trees, width),
         }
         if self._takes_positions:
             arguments["position_ids"] = positions_BN
+        called = self.model if needs.logits else self._trunk
+        return self._call(called, arguments, sizes, trees, needs, part, span, prefill)
+
+    def _call(
+        self,
+        called: Any,
+        arguments: dict[str, Any],
+        sizes: Sequence[int],
+        trees: Sequence[Tree | None],
+        needs: TargetNeeds,
+        part: Part,
+        span: Span,
+        prefill: bool,
+    ) -> tuple[Any, dict[int | str, Tensor]]:
+        """Call a model on new tokens of these sizes, and note them in the caches."""
+        caches = part.caches
         tapped: Any = taps(self.model, needs) if needs.hidden or needs.final else nullcontext({})
         with tapped as seen, self._attention(), part.context:
-            output = (self.model if needs.logits else self._trunk)(**arguments)
+            output = called(**arguments, past_key_values=caches[0].hf, use_cache=True)
         lengths = caches[0].lengths
         for cache in caches:
-            cache.appended(sizes, trees, width=width)
+            cache.appended(sizes, trees, width=max(sizes))
         if self.listener is not None:
             head_rows = sum(sizes) if needs.logits else 0
             shape = ForwardShape.of(sizes, lengths, num_layers=part.num_layers, head_rows=head_rows)
             self.listener(self._event(shape, part, prefill=prefill, span=span.end()))
         return output, dict(seen)
 
-    def _positions(
-        self, cache: RaggedCache, sizes: Sequence[int], trees: Sequence[Tree | None], *, width: int
-    ) -> Tensor:
-        """Return the position of every node.
-
-        Raises:
-            CheckpointError: A position is beyond the model's embeddings.
-        """
-        positions_BN = cache.positions(sizes, trees, width=width)
-        if self._takes_positions:
-            check_positions(self.model, int(positions_BN.max()), limit=self._position_limit, name=self.name)
-        return positions_BN
+    def _positions(self, cache: RaggedCache, sizes: Sequence[int], trees: Sequence[Tree | None]) -> Tensor:
+        """Return the position of every node."""
+        return cache.positions(sizes, trees, width=max(sizes))
 
     def _mask(self, cache: RaggedCache, trees: Sequence[Tree | None], width: int) -> Tensor | None:
         """Return the additive mask; None: the model's own causal mask is right. Trees and ragged batches need one."""

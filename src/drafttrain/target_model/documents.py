@@ -9,7 +9,7 @@ B = sequences, T = positions, L = documents, S = tokens of the longest document,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from drafttrain.core.batches import PackedDocuments
+from drafttrain.core.images import PlacedImages
 from drafttrain.core.linear_head import no_autocast_if_frozen
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.target_model.anatomy import taps, trunk
 from drafttrain.target_model.logits import assume_compared, check_logits
 from drafttrain.target_model.packed_forward import NotPlain, may_be_read_packed, packed, through_every_block
+from drafttrain.target_model.vision import Vision
 
 PROBE_TOKENS = 4
 """Tokens of each document in a probe."""
@@ -65,6 +67,36 @@ def document_states(
         places = _own_rows(positions_BT)
         final_BTD, *others = (state[places].unflatten(0, tokens_BT.shape) for state in states)
         return final_BTD, dict(zip(map(int, seen), others, strict=True))
+
+
+def seen_states(
+    model: Any,
+    vision: Vision,
+    tokens_BT: Tensor,
+    positions_BT: Tensor,
+    *,
+    hidden: tuple[int, ...] = (),
+    images: Sequence[PlacedImages],
+) -> tuple[Tensor, Mapping[int, Tensor]]:
+    """Return what `document_states` returns, of rows in which some documents have images.
+
+    The multimodal model reads each document in a row of its own: positions and attention depend on its images.
+
+    Args:
+        vision: Of the same model.
+    """
+    check_logits(model)
+    document_R, column_R = _own_rows(positions_BT)
+    texts = [text_S.tolist() for text_S in tokens_BT.flatten().split(document_R.bincount().tolist())]
+    numbers_BT = document_R.view_as(positions_BT)
+    by_document = {int(numbers_BT[one.row, one.column]): one.images for one in images}
+    own = [by_document.get(number, ()) for number in range(len(texts))]
+    with no_autocast_if_frozen(model.get_output_embeddings().weight), taps(model, TargetNeeds(hidden=hidden)) as seen:
+        arguments = vision.arguments(texts, own, device=tokens_BT.device)
+        final_LSD = vision.trunk(**arguments, use_cache=False).last_hidden_state
+    states = [final_LSD, *seen.values()]
+    final_BTD, *others = (state[document_R, column_R].unflatten(0, tokens_BT.shape) for state in states)
+    return final_BTD, dict(zip(map(int, seen), others, strict=True))
 
 
 def probe(model: Any) -> None:

@@ -128,7 +128,13 @@ def _other_architecture(config: Mapping[str, Any], *, trust_remote_code: bool) -
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
     )
     from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES,
+    )
+    from transformers.models.auto.modeling_auto import (
         MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_MAPPING_NAMES as HEADLESS,
     )
 
     kind = config.get("model_type")
@@ -146,6 +152,9 @@ def _other_architecture(config: Mapping[str, Any], *, trust_remote_code: bool) -
         return "config.json: model_type is missing: not a transformers model"
     if kind not in CONFIG_MAPPING_NAMES:
         return f"config.json: transformers {__version__} does not know model_type {kind!r}"
+    if kind in WITH_IMAGES and f"{kind}_text" in HEADLESS:
+        # Its language model may have no class with a head, and older files have no text_config.
+        return None
     if config.get("is_encoder_decoder") or (
         kind not in CAUSAL and name.endswith("ForConditionalGeneration") and "text_config" not in config
     ):

@@ -19,7 +19,19 @@ from drafttrain.target_model.weight_shapes import refuse_wrong_shapes
 def load_causal_lm(
     folder: Path, *, dtype: str = "float32", attention: str | None = "sdpa", trust_remote_code: bool = False
 ) -> Any:
-    """Return the causal LM of a folder. Only safetensors are read.
+    """Return the causal LM of a folder, of a multimodal model the one inside. Only safetensors are read.
+
+    Raises:
+        CheckpointError: It cannot be loaded, or does not support this attention.
+    """
+    whole = load_model(folder, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
+    return language_model_inside(whole, folder)
+
+
+def load_model(
+    folder: Path, *, dtype: str = "float32", attention: str | None = "sdpa", trust_remote_code: bool = False
+) -> Any:
+    """Return the model of a folder: a causal LM, or a multimodal model around one. Only safetensors are read.
 
     Args:
         attention: Implementation of transformers; None: the fastest that the model and this machine support.
@@ -42,7 +54,6 @@ def load_causal_lm(
         refuse_wrong_shapes(folder, trust_remote_code=trust_remote_code)
         raise CheckpointError(f"{folder}: cannot load a causal LM: {in_one_line(error)}") from error
     model, report = loaded
-    model = language_model_inside(model, folder)
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing from its files: {', '.join(missing[:5])}")

@@ -235,6 +235,11 @@ class RaggedCache:
         self.lengths, self.kept = list(counts), list(counts)
         self._fit(max(counts))
 
+    def continue_at(self, offsets: Sequence[int] | None) -> None:
+        """Number later tokens of each text from this far beyond its number of tokens; None: as they are numbered."""
+        if offsets is not None:
+            self._given = [(offset,) for offset in offsets]
+
     def manage(self, layers: slice) -> None:
         """Manage other layers, which have the same tokens; nothing may be pending."""
         assert self.lengths == self.kept, "keep or drop the pending tokens first"

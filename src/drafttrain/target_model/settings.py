@@ -29,6 +29,10 @@ class TargetSettings:
     attention: Literal["sdpa", "eager", "flash_attention_2"] = setting(
         "sdpa", help="Attention implementation of transformers."
     )
+    images: bool = setting(
+        False,
+        help="Load the vision tower and projector of a multimodal model too: records and prompts may then have `images`.",
+    )
     trust_remote_code: bool = setting(False, help="Run Python code from the model's folder.")
 
     def check(self) -> list[str]:

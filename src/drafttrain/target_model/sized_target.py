@@ -56,7 +56,16 @@ class SizedTarget(Target):
         tokenizer = load_tokenizer(folder, trust_remote_code=trust) if has_tokenizer else NoTokenizer()
         model = build(dtype)
         assume_plain(model)
-        return cls(model, tokenizer, name=settings.model, fingerprint="")
+        made = cls(model, tokenizer, name=settings.model, fingerprint="")
+        made.reads_images = settings.images
+        return made
+
+    reads_images = False
+
+    @property
+    def visual_id(self) -> int | None:
+        """Some token: which one it is does not change what a training costs."""
+        return 0 if self.reads_images else None
 
     @cached_property
     def num_tokens(self) -> int:

@@ -26,6 +26,8 @@ def missing(drafter: Drafter, loss: Loss, batch: DraftBatch) -> TargetNeeds | No
 
 def with_target(batch: DraftBatch, target: Target, needs: TargetNeeds, loss: Loss) -> DraftBatch:
     """Return a micro-batch with these outputs of the target, on the device of its tokens."""
-    seen = target.read(batch.tokens_BT, batch.positions_BT, needs, documents=batch.packed_documents)
+    seen = target.read(
+        batch.tokens_BT, batch.positions_BT, needs, documents=batch.packed_documents, images=batch.images
+    )
     rows = target.rows_of(seen) if rows_missing(loss, batch) else batch.target_rows
     return replace(batch, target=seen.to(batch.tokens_BT.device), target_rows=rows)

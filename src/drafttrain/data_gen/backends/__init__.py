@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from drafttrain.core.console import Progress
+from drafttrain.core.images import Image
 from drafttrain.core.registry import Registry
 from drafttrain.core.texts import Sampling
 
@@ -24,6 +25,8 @@ class Task:
     id: str
     prompt: Sequence[int]
     sampling: Sampling
+    images: Sequence[Image] = ()
+    """Of the prompt."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from drafttrain.data_gen.backends import Outcome, Plan, Task, backends
 from drafttrain.data_gen.decoding import continued
 from drafttrain.distributed.collectives import any_of
 from drafttrain.target_model import Target
-from drafttrain.target_model.cached_lm import CachedLM
 
 
 @dataclass
@@ -99,7 +98,7 @@ def continuations(
     """
     return continued(
         [task.prompt for task in tasks],
-        [CachedLM(target.model, name=target.name)],
+        [target.decoder(name=target.name)],
         num_tokens=target.num_tokens,
         ends=set(target.eos_token_ids),
         sampling=tasks[0].sampling,
@@ -108,4 +107,5 @@ def continuations(
             [torch.rand(max_new_tokens, dtype=torch.float64, generator=stream(seed, "text", task.id)) for task in tasks]
         ),
         written=written,
+        images=[task.images for task in tasks],
     )

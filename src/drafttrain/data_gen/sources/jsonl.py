@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, cast
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.settings import setting
+from drafttrain.data_gen.record_images import located
 from drafttrain.data_gen.sources import Item, RecordSettings, sources, stamps
 
 GZIP = b"\x1f\x8b"
@@ -48,9 +49,16 @@ class JSONL:
 def lines(path: Path) -> Iterator[tuple[int, Item]]:
     """Yield the lines of one file, or the records of its array, numbered from 1; empty lines are skipped.
 
+    Paths of images are relative to the file.
+
     Raises:
         DataError: An array is broken: records after the break cannot be separated.
     """
+    for number, item in _lines(path):
+        yield number, replace(item, value=located(item.value, path.parent))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Item]]:
     try:
         with _opened(path) as file:
             if _begins_array(file):

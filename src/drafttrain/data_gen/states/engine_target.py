@@ -5,7 +5,7 @@ B = sequences, T = positions, L = layers, D = hidden, N = texts
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from drafttrain.core.batches import PackedDocuments
 from drafttrain.core.errors import DataError
+from drafttrain.core.images import PlacedImages
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.data_gen.states import StatesEngine
 from drafttrain.target_model.absent_target import AbsentTarget
@@ -80,12 +81,14 @@ class EngineTarget(AbsentTarget):
         needs: TargetNeeds,
         *,
         documents: PackedDocuments | None = None,
+        images: Sequence[PlacedImages] = (),
     ) -> TargetOutput:
         """Return the engine's states of the documents in packed rows; the final state by the norm here, from the last one.
 
         Raises:
             DataError: The engine computed other shapes than were requested, or its states do not belong to this head.
         """
+        assert not images, "a recipe with target.images and an engine is refused"
         del documents
         layers, last = self._layers(needs), len(blocks(self.model))
         if not layers:

@@ -5,6 +5,7 @@ B = sequences, T = positions, N = rows, V = vocabulary, D = hidden
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from torch import Tensor
 from drafttrain.core.console import progress, say
 from drafttrain.core.errors import DataError
 from drafttrain.core.files import write_json
+from drafttrain.core.images import PlacedImages
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.groups import TOKENS_STORED, TOKENS_STORED_ON_CPU, groups
@@ -100,7 +102,7 @@ def build_cache(
         with target.for_own_share() as live, bar_of as bar:
             for number in own:
                 shard = layout.shards[number]
-                texts, skipped = [store[i].tokens for i in shard], [layout.skipped(i) for i in shard]
+                texts, skipped = [store[i] for i in shard], [layout.skipped(i) for i in shard]
                 rows, cost = rows_of_texts(texts, live, wanted, skipped=skipped, read=bar.advance)
                 further = more(layout, number, rows, live) if more is not None else {}
                 files[number].clear()
@@ -122,7 +124,7 @@ def _planned(
     """Return where rows are stored, and what they depend on. A cache of the same records keeps its order."""
     numbers = list(map(int, records))
     sizes = {i: int(store.starts[i + 1] - store.starts[i]) for i in numbers}
-    shared = shared_beginnings({i: np.asarray(store[i].tokens, dtype=np.uint32) for i in numbers})
+    shared = shared_beginnings({i: _as_compared(store[i], target) for i in numbers})
     path = folder / "plan.json"
     held = json.loads(path.read_text(encoding="utf-8"))["records"] if path.exists() else []
     order = held if set(held) == set(numbers) else _by_need(numbers, RowLayout(sizes, shared))
@@ -135,6 +137,16 @@ def _planned(
         "shared": {str(record): list(place) for record, place in shared.items()},
     }
     return RowLayout({record: sizes[record] for record in order}, shared), about
+
+
+def _as_compared(record: Record, target: Target) -> Any:
+    """Return the tokens of a record as uint32; those of an image are equal only for equal images."""
+    tokens_T = np.asarray(record.tokens, dtype=np.uint32)
+    if record.images:
+        assert target.images is not None, "records with images are refused without it"
+        digest = hashlib.sha256("".join(image.digest for image in record.images).encode()).digest()
+        tokens_T[tokens_T == target.images.visual_id] = 1 << 31 | int.from_bytes(digest[:4]) >> 1
+    return tokens_T
 
 
 def _by_need(records: Sequence[int], layout: RowLayout) -> list[int]:
@@ -180,7 +192,7 @@ def _same_plan(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 @torch.no_grad()
 def rows_of_texts(
-    texts: Sequence[Sequence[int]],
+    texts: Sequence[Record],
     target: Target,
     wanted: Wanted,
     *,
@@ -199,10 +211,11 @@ def rows_of_texts(
     cost = Cost()
     needs = wanted.states | TargetNeeds(final=wanted.final or wanted.distribution is not None)
     tokens = TOKENS_STORED_ON_CPU if target.device.type == "cpu" else TOKENS_STORED
-    for numbers in groups([len(text) for text in texts], tokens=tokens):
-        group = [texts[i] for i in numbers]
-        spans = [(row, slice(skipped[i], len(texts[i]))) for row, i in enumerate(numbers)]
-        seen = target.read(*_side_by_side(group), needs)
+    for numbers in groups([len(text.tokens) for text in texts], tokens=tokens):
+        group = [texts[i].tokens for i in numbers]
+        spans = [(row, slice(skipped[i], len(texts[i].tokens))) for row, i in enumerate(numbers)]
+        images = [PlacedImages(row, 0, texts[i].images) for row, i in enumerate(numbers) if texts[i].images]
+        seen = target.read(*_side_by_side(group), needs, images=images)
         states, more = _states(seen, spans, target, wanted)
         cost += more
         for row, number in enumerate(numbers):

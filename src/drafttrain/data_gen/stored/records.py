@@ -14,11 +14,13 @@ import numpy as np
 
 from drafttrain.core.console import say
 from drafttrain.core.files import folder_beside
+from drafttrain.core.images import Image
 from drafttrain.core.texts import LoggedDistribution, Record
 from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.names import Names, content_name, shared_names
 from drafttrain.data_gen.quarantine import lost_of, read_items
 from drafttrain.data_gen.sources import Item, RecordSource, Source
+from drafttrain.data_gen.stored.images import ImageStore, write_images
 from drafttrain.data_gen.stored.logged_distribution import DistributionStore, write_distributions
 
 ENCODING = 2
@@ -40,6 +42,8 @@ class Store:
         first = np.asarray(self._mask)[self._starts[:-1]].astype(np.int64)
         self.num_labels = labels[self._starts[1:]] - labels[self._starts[:-1]] - first
         """Trained positions by record; a first token has nothing before it and is not trained."""
+        self.images = ImageStore.open(folder)
+        """The images of the records; None: they have none."""
         self.distributions = DistributionStore.open(folder)
         """The target's distribution from serving logs; None: not logged."""
 
@@ -48,7 +52,9 @@ class Store:
 
     def __getitem__(self, index: int) -> Record:
         start, stop = self._starts[index], self._starts[index + 1]
-        return Record(self.ids[index], self._tokens[start:stop].tolist(), self._mask[start:stop].tolist())
+        images = () if self.images is None else self.images[index]
+        tokens, mask = self._tokens[start:stop].tolist(), self._mask[start:stop].tolist()
+        return Record(self.ids[index], tokens, mask, images=images)
 
     def length(self, index: int) -> int:
         """Return the number of tokens of a record."""
@@ -114,6 +120,7 @@ def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, 
     names, own_ids, sizes = Names(), list[str](), list[int]()
     tokens, masks = _Growing(np.uint32), _Growing(np.bool_)
     logged: list[LoggedDistribution | None] = []
+    images: list[Sequence[Image]] = []
     settings, quarantine = about["source"], folder / "quarantine.jsonl"
     read_well = 0
 
@@ -136,6 +143,7 @@ def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, 
         tokens.extend(record.tokens)
         masks.extend(record.loss_mask)
         logged.append(record.logged)
+        images.append(record.images)
     np.save(folder / "tokens.npy", tokens.array())
     np.save(folder / "mask.npy", masks.array())
     np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
@@ -152,6 +160,8 @@ def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, 
         "set_aside": sum(reasons.values()),
         "set_aside_by": dict(reasons.most_common(20)),
     }
+    if any(images):
+        write_images(folder, images)
     if statistics := write_distributions(folder, logged):
         meta["logged_distribution"] = statistics
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ from drafttrain.core.batches import PackedDocuments
 from drafttrain.core.eight_bit import as_states
 from drafttrain.core.errors import DataError
 from drafttrain.core.files import write_json
+from drafttrain.core.images import PlacedImages
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.backends import Task
@@ -87,12 +88,14 @@ class CachedTarget(Target):
         needs: TargetNeeds,
         *,
         documents: PackedDocuments | None = None,
+        images: Sequence[PlacedImages] = (),
     ) -> TargetOutput:
         """Return the stored states of the documents in packed rows; 0 at padding.
 
         Raises:
             DataError: A document is not one of the texts, or a state is needed that was not stored.
         """
+        assert not images, "a recipe with target.images is refused where the target is not replicated"
         wanted = self._cache.wanted
         if needs.logits or not set(needs.hidden) <= set(wanted.states.hidden):
             raise DataError(f"stored for the validation texts: the target's {wanted}; needed: {needs}")

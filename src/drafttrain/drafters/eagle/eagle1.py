@@ -12,11 +12,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import smooth_l1_loss
+from torch.nn.functional import pad, smooth_l1_loss
 
 from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
+from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import RowsAsked, TargetNeeds, TargetOutput
 from drafttrain.core.weights import Weights, weights_of
@@ -26,6 +27,7 @@ from drafttrain.drafters.eagle.folder import load_weights, read_config
 from drafttrain.drafters.eagle.layer import EagleLayer
 from drafttrain.drafters.eagle.layer_config import layer_config, llama_config
 from drafttrain.drafters.eagle.target_parts import TargetParts
+from drafttrain.drafters.eagle.visual import EMBEDDED, VisualEagleProposer, joined, with_visual_rows
 from drafttrain.drafters.lora import LORA_HELP, LoraSettings, lora_problems
 from drafttrain.drafters.warm_start import CHECKPOINT_HELP, checkpoint_folder, settings_fixed_by_checkpoint
 from drafttrain.losses.align import align
@@ -34,6 +36,9 @@ from drafttrain.target_model import Target
 
 NOISE_LENGTH = 512
 """Document length at which the noise has the amplitude of the setting; longer documents get less."""
+
+VISUAL_ID = "visual_id"
+"""Field of a drafter that reads images: the token at their positions."""
 
 FC_BIAS = "eagle_fc_bias"
 """Field of config.json: fc has a bias. Not `bias`, which engines read as biases of the attention."""
@@ -57,6 +62,10 @@ class Eagle1Settings:
     num_heads: int | None = setting(None, help="Attention heads; null: the target's.", ge=1)
     num_kv_heads: int | None = setting(None, help="Key-value heads; null: the target's.", ge=1)
     intermediate_size: int | None = setting(None, help="Feed-forward width; null: the target's.", ge=1)
+    visual: bool = setting(
+        False,
+        help="At image positions read the projector's embedding itself, without fusion or shift (MSD); needs target.images.",
+    )
     draft: Literal["sampled", "greedy"] = setting(
         "sampled",
         help="Chains at temperature > 0: draft by sampling, or by argmax as vLLM does (then nodes are FIXED).",
@@ -110,9 +119,11 @@ class Eagle1Drafter(EagleDrafter):
         """Return the drafter as training starts from it."""
         if target is None:
             raise CheckpointError("drafter.kind eagle reads the target's final states, but target.model is null")
-        own = {name: getattr(settings, name) for name in OWN}
+        own: dict[str, Any] = {name: getattr(settings, name) for name in OWN}
         if settings.checkpoint is not None:
             return cls.load(checkpoint_folder(settings.checkpoint, target, kind=cls.kind), target).trained_as(own)
+        if settings.visual:
+            own[VISUAL_ID] = _visual_id(target)
         config = {
             "architectures": ["LlamaForCausalLM"],
             **layer_config(
@@ -126,8 +137,16 @@ class Eagle1Drafter(EagleDrafter):
         return cls(config, TargetParts(target))
 
     def needs(self) -> TargetNeeds:
-        """Return the state after the final norm."""
-        return TargetNeeds(final=True)
+        """Return the state after the final norm; of a drafter that reads images also what entered the first block."""
+        return TargetNeeds(final=True, hidden=() if self._visual_id is None else (EMBEDDED,))
+
+    def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
+        """Return the proposer of chains and dynamic trees."""
+        if self._visual_id is None:
+            return super().proposer(target, listener)
+        made = VisualEagleProposer(self, target, listener)
+        made.visual_id = self._visual_id
+        return made
 
     def rows_asked(self) -> list[RowsAsked]:
         """Return the rows of every step, twice: for the loss, and for the distance to the features."""
@@ -136,15 +155,19 @@ class Eagle1Drafter(EagleDrafter):
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the states of every step, and in training the loss on their distance to the target's features."""
         assert batch.target is not None, "the trainer reads what `needs` returns"
-        features_BTD = self.features(batch.target)
-        hidden_BTD = features_BTD
+        seen = batch.target
+        if self._visual_id is not None:
+            seen = with_visual_rows(seen, batch.tokens_BT == self._visual_id)
+        hidden_BTF = self.features(seen)
+        features_BTD = hidden_BTF[..., : self.config["hidden_size"]]
         if self.training and self.own["feature_noise"]:
-            hidden_BTD = hidden_BTD + self.own["feature_noise"] * noise(batch, width=hidden_BTD.shape[-1]).to(
-                hidden_BTD
-            )
+            added_BTD = self.own["feature_noise"] * noise(batch, width=features_BTD.shape[-1]).to(features_BTD)
+            # Visual rows have no noise: they enter as they are.
+            more = hidden_BTF.shape[-1] - added_BTD.shape[-1]
+            hidden_BTF = hidden_BTF + (pad(added_BTD, (0, more)) if more else added_BTD)
         num_steps = batch.num_depths or self.own["num_steps"]
         slots = self.slots(batch, num_steps=num_steps)
-        states = rollout(self, batch, hidden_BTD, num_steps=num_steps, slots=slots, recompute=self.recomputing)
+        states = rollout(self, batch, hidden_BTF, num_steps=num_steps, slots=slots, recompute=self.recomputing)
         decay = {depth: self.own["step_decay"] ** (depth - 1) for depth in states}
         weights = {depth: self.own["loss_weight"] * factor for depth, factor in decay.items()}
         drafted = DraftOutput(states, self._parts.linear_head, self.lag, depth_weights=weights)
@@ -164,6 +187,11 @@ class Eagle1Drafter(EagleDrafter):
             yield matrix(self._parts.head_parameters, shape.rows(depth + self.lag), gradients=1)
 
     @property
+    def _visual_id(self) -> int | None:
+        """The token at image positions; None: the drafter reads all positions as text."""
+        return self.own.get(VISUAL_ID)
+
+    @property
     def layer(self) -> EagleLayer:
         """The decoder layer."""
         layer = self.layers[0]
@@ -176,17 +204,24 @@ class Eagle1Drafter(EagleDrafter):
         return
 
     def features(self, seen: TargetOutput) -> Tensor:
-        """Return features_BTD: the state after the final norm."""
+        """Return features_BTF: the state after the final norm; of a drafter that reads images also the visual rows."""
         assert seen.final_BTD is not None, "the trainer reads what `needs` returns"
-        return seen.final_BTD.to(self.fc.weight)
+        final_BTD = seen.final_BTD.to(self.fc.weight)
+        if self._visual_id is None:
+            return final_BTD
+        return torch.cat([final_BTD, seen.hidden_BTD[EMBEDDED].to(self.fc.weight)], dim=-1)
 
     def fused(self, features_BTF: Tensor) -> Tensor:
         """Return the features as they are."""
         return features_BTF
 
     def entering(self, embedded_BTD: Tensor, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the fused input, which is also the residual stream."""
-        joined_BTD: Tensor = self.fc(torch.cat([embedded_BTD, hidden_BTD], dim=-1))
+        """Return the fused input, which is also the residual stream; at a visual slot the projector's embedding."""
+        width = embedded_BTD.shape[-1]
+        joined_BTD: Tensor = self.fc(torch.cat([embedded_BTD, hidden_BTD[..., :width]], dim=-1))
+        # The drafter's own states have no visual rows: what is drafted is text.
+        if hidden_BTD.shape[-1] > width:
+            joined_BTD = joined(joined_BTD, hidden_BTD[..., width:])
         return joined_BTD, joined_BTD
 
     def fed_back(self, state_BTD: Tensor) -> Tensor:
@@ -212,6 +247,12 @@ class Eagle1Drafter(EagleDrafter):
         drafter = cls(read_config(folder, target, own=own_defaults()), TargetParts(target))
         load_weights(folder, drafter, dtype=dtype or "float32")
         return drafter.eval().to(target.device)
+
+
+def _visual_id(target: Target) -> int:
+    if target.visual_id is None:
+        raise CheckpointError(f"drafter.visual: {target.name} is loaded without its images: set target.images: true")
+    return target.visual_id
 
 
 def feature_distance(drafted: DraftOutput, batch: DraftBatch, features_BTD: Tensor, decay: dict[int, float]) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from drafttrain.core.device_time import Span
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.generations import ForwardEvent, ForwardShape
+from drafttrain.core.images import Image
 from drafttrain.core.proposals import LayerState
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
@@ -29,7 +30,6 @@ from drafttrain.drafters.hamburger.micro_decoder import MicroDecoder
 from drafttrain.target_model.cached_lm import CachedLM
 from drafttrain.target_model.logits import head_logits
 from drafttrain.target_model.part import Part
-from drafttrain.target_model.positions import check_positions
 from drafttrain.target_model.ragged_cache import RaggedCache, Tree
 
 
@@ -88,12 +88,15 @@ class MergedLM(CachedLM):
         *,
         needs: TargetNeeds | None = None,
         positions: Sequence[Sequence[int]] | None = None,
+        images: Sequence[Sequence[Image]] | None = None,
     ) -> list[TargetOutput]:
         """Empty the cache and read these prompts in one call, an entry for each token.
 
         Raises:
-            CheckpointError: Positions are given: entries are counted, not placed.
+            CheckpointError: Positions are given: entries are counted, not placed. Or a prompt has images.
         """
+        if images is not None and any(images):
+            raise CheckpointError(f"{self.name}: reads prompts of text only, and a prompt has images")
         if positions is not None:
             raise CheckpointError(f"{self.name}: reads whole prompts only, not the part of one that was kept")
         self._sequences = [_Sequence(len(prompt)) for prompt in prompts]
@@ -261,16 +264,12 @@ class MergedLM(CachedLM):
         event = super()._event(shape, part, prefill=prefill, span=span)
         return replace(event, plain_bytes=event.plain_bytes + self._micro_weights.num_bytes)
 
-    def _positions(
-        self, cache: RaggedCache, sizes: Sequence[int], trees: Sequence[Tree | None], *, width: int
-    ) -> Tensor:
+    def _positions(self, cache: RaggedCache, sizes: Sequence[int], trees: Sequence[Tree | None]) -> Tensor:
         """Return the position of every node: that of its token in the text, not of its entry in the cache."""
         if not any(one.paths for one in self._sequences):
-            return super()._positions(cache, sizes, trees, width=width)
+            return super()._positions(cache, sizes, trees)
         rows = [[one.num_tokens + len(one.open) + len(path) - 1 for path in one.paths] for one in self._sequences]
-        positions_BN = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-        check_positions(self.model, int(positions_BN.max()), limit=self._position_limit, name=self.name)
-        return positions_BN
+        return torch.tensor([[*row, *[0] * (max(sizes) - len(row))] for row in rows])
 
 
 def _paths(nodes: Sequence[int], parents: Tree) -> list[list[int]]:
