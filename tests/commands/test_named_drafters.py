@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from drafttrain.commands.chat import open_drafter
-from drafttrain.commands.named_drafters import evaluated_on
+from drafttrain.commands.named_drafters import evaluated_on, folders_of
 from drafttrain.commands.named_prompts import prompts_named_twice
 from drafttrain.core.errors import CheckpointError, RecipeError
 from drafttrain.target_model import TargetSettings
@@ -49,3 +49,13 @@ def test_prompts_are_named_once() -> None:
     twice = ["--prompts and eval.prompts both name prompts: remove one"]
     assert prompts_named_twice("a", ["eval.prompts=b"]) == twice
     assert prompts_named_twice("a", ["eval.prompt_tokens=3"]) == prompts_named_twice(None, ["eval.prompts=b"]) == []
+
+
+def test_a_run_stands_for_the_drafter_that_it_exported(tmp_path: Path) -> None:
+    drafter = resolve_folder(DRAFTER)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "drafter").symlink_to(drafter)
+    (tmp_path / "empty").mkdir()
+    assert folders_of([str(tmp_path / "run"), str(drafter)]) == [tmp_path / "run" / "drafter", drafter]
+    with pytest.raises(RecipeError, match="neither a drafter folder nor a run with an exported drafter"):
+        folders_of([DRAFTER, str(tmp_path / "empty")])

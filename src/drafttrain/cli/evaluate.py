@@ -83,7 +83,7 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="DRAFTER... [SECTION.KEY=VALUE]...",
-            help="Folders, hub ids or builtin:drafter, named A, B, C ... Overrides: eval.key=value, target.key=value. "
+            help="Folders, runs, hub ids or builtin:drafter, named A, B, C ... Overrides: eval.key=value, target.key=value. "
             "'eval.beside=[{kind: ngram}]' adds proposers that need no training.",
             show_default=False,
         ),

@@ -35,7 +35,6 @@ from drafttrain.eval.result import Result, read_result
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.eval.typed_json import to_json
 from drafttrain.pipeline.evaluating import evaluate_folders
-from drafttrain.pipeline.folder import exported_in
 from drafttrain.pipeline.judging import commands_of
 from drafttrain.pipeline.preflight import check_drafters
 from drafttrain.pipeline.run import quiet_libraries
@@ -148,7 +147,7 @@ def advise(question: Question, *, out: Path | None = None) -> Advice:
 
 
 def _opened(question: Question) -> _Opened:
-    folder = exported_in(folders_of([question.drafter])[0])
+    folder = folders_of([question.drafter])[0]
     of_target, settings = load_sections(["target", "eval"], question.overrides)
     of_target = evaluated_on(
         of_target, folder, named=question.drafter, target=question.target, overrides=question.overrides

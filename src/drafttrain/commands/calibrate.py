@@ -29,7 +29,6 @@ from drafttrain.eval.recalibrated import HasConfidence
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.heads.folder import check_made_for
 from drafttrain.heads.token_head import MadeFor
-from drafttrain.pipeline.folder import exported_in
 from drafttrain.pipeline.preflight import check_drafters
 from drafttrain.pipeline.run import quiet_libraries
 from drafttrain.target_model import Target
@@ -73,7 +72,7 @@ def calibrate(
     of_target, settings = load_sections(["target", "eval"], overrides)
     settings = _with_confidence(settings, chosen=any(one.startswith("eval.length") for one in overrides), method=method)
     policy: HasConfidence = length_policies.build(settings.length)
-    folder = exported_in(folders_of([drafter])[0])
+    folder = folders_of([drafter])[0]
     of_target = evaluated_on(of_target, folder, named=drafter, target=target, overrides=overrides)
     check_drafters(of_target, [str(folder)])
     loaded = Target.load(of_target)

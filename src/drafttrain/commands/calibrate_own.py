@@ -18,7 +18,6 @@ from drafttrain.drafters import Drafter
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.replay import Text
 from drafttrain.export.drafter import CalibrationTexts, calibrated
-from drafttrain.pipeline.folder import exported_in
 from drafttrain.pipeline.preflight import check_drafters
 from drafttrain.pipeline.run import quiet_libraries
 from drafttrain.target_model import Target
@@ -43,7 +42,7 @@ def calibrate_own(drafter: str, target: str | None, overrides: Sequence[str], *,
         raise RecipeError(
             "arguments", [f"--own: writes into the drafter's folder: copy {drafter} into one, and name it"]
         )
-    folder = exported_in(folders_of([drafter])[0])
+    folder = folders_of([drafter])[0]
     of_target = evaluated_on(of_target, folder, named=drafter, target=target, overrides=overrides)
     check_drafters(of_target, [str(folder)])
     loaded = Target.load(of_target)

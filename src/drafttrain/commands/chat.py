@@ -28,7 +28,6 @@ from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.result import Piece
 from drafttrain.eval.settings import EvalSettings, length_label
 from drafttrain.eval.speed import Speed, measure, tokens_a_round
-from drafttrain.pipeline.folder import exported_in
 from drafttrain.pipeline.preflight import check_drafters
 from drafttrain.pipeline.run import quiet_libraries
 from drafttrain.target_model import Target
@@ -83,7 +82,7 @@ def open_drafter(name: str, target: str | None, given: Sequence[str]) -> Opened:
         given: Overrides of the sections target and eval; without a length, the one that is fastest here is used.
     """
     quiet_libraries()
-    folder = exported_in(folders_of([name])[0])
+    folder = folders_of([name])[0]
     of_target, settings = load_sections(["target", "eval"], given)
     of_target = evaluated_on(of_target, folder, named=name, target=target, overrides=given)
     check_drafters(of_target, [str(folder)])

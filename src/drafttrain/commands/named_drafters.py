@@ -11,12 +11,13 @@ from typing import Any
 from drafttrain.checkpoint import read_about
 from drafttrain.config.load import load_sections
 from drafttrain.core.errors import CheckpointError, RecipeError
+from drafttrain.pipeline.folder import exported_in
 from drafttrain.target_model.folders import resolve_folder
 from drafttrain.target_model.settings import TargetSettings
 
 
 def folders_of(drafters: Sequence[str]) -> list[Path]:
-    """Return the local folders of drafters.
+    """Return the local folders of drafters; of a run, the drafter that it exported.
 
     Raises:
         RecipeError: Naming every drafter that cannot be found.
@@ -24,7 +25,7 @@ def folders_of(drafters: Sequence[str]) -> list[Path]:
     folders, problems = [], []
     for name in drafters:
         try:
-            folders.append(resolve_folder(name))
+            folders.append(exported_in(resolve_folder(name)))
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
