@@ -28,8 +28,8 @@ ROWS_A_STEP = 1024
 class LayerClassifier(nn.Module):
     """Go on, exit or stop, from the state after the final norm: linear, or with one hidden layer.
 
-    Source: Sun et al. 2024, When Neural Code Completion Models Size up the Situation, arXiv 2401.09964, for the three actions. Its
-        labels and its intermediate heads are other ones: here the target's own head is shared.
+    Source: Sun et al. 2024, When Neural Code Completion Models Size up the Situation, arXiv 2401.09964, for the three actions. The
+        labels are this project's, and the target's own head is shared where the paper has intermediate ones.
     """
 
     mean_D: Tensor
