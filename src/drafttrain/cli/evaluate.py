@@ -1,4 +1,4 @@
-"""Exported drafters on their target: `eval`, `compare`, `calibrate`, `long-prompt`; `cascade`, a small model that writes a part of the text."""
+"""Exported drafters on their target: `eval`, `compare`, `calibrate`, `long-prompt`; `cascade`, a small model that writes a part of the text; `stop-exit`."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +32,7 @@ def add_to(app: typer.Typer) -> None:
     app.command()(calibrate)
     app.command()(cascade)
     app.command(name="long-prompt")(long_prompt)
+    app.command(name="stop-exit")(stop_exit)
 
 
 def evaluate(
@@ -234,6 +235,36 @@ def long_prompt(
         command.measure_long_prompts(named[0], target, overrides, amounts=amounts, prompts=prompts, out=out)
 
 
+def stop_exit(
+    target: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TARGET [SECTION.KEY=VALUE]...",
+            help="A target: a folder, a hub id, builtin:target. Overrides: stop_exit.texts=FILE, 'stop_exit.exit=[0.5,0.9]', "
+            "stop_exit.key=value, target.key=value (docs/stop_exit.md).",
+            show_default=False,
+        ),
+    ],
+    controller: Annotated[
+        Path | None,
+        typer.Option(
+            "--controller", metavar="DIR", help="Measure this controller. Default: train one.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder of stop_exit.json, stop_exit.png and controller/.")
+    ] = RUNS / "stop-exit",
+    debug: Debug = False,
+) -> None:
+    """Train a controller that exits early or stops a code completion, LOSSY: accepted lines against layers run."""
+    with exit_codes(debug=debug):
+        only_first_process()
+        named, overrides = names_and_overrides(target)
+        if len(named) != 1:
+            raise RecipeError("arguments", [f"give one target, got {len(named)} names"])
+        _commands().stop_exit.stop_exit(named[0], overrides, controller=controller, out=out)
+
+
 def _amounts(text: str, problems: list[str]) -> list[tuple[int | None, float | None]]:
     """Return (tokens, None) or (None, share) for each amount of `256,50%`; wrong ones are added to the problems."""
     found: list[tuple[int | None, float | None]] = []
@@ -250,9 +281,9 @@ def _amounts(text: str, problems: list[str]) -> list[tuple[int | None, float | N
 
 def _commands() -> SimpleNamespace:
     # At the head of the file this would load torch for `drafttrain --help`.
-    from drafttrain.commands import calibrate, calibrate_own, cascade, evaluate, long_prompt
+    from drafttrain.commands import calibrate, calibrate_own, cascade, evaluate, long_prompt, stop_exit
 
-    commands = (calibrate, calibrate_own, cascade, evaluate, long_prompt)
+    commands = (calibrate, calibrate_own, cascade, evaluate, long_prompt, stop_exit)
     return SimpleNamespace(**{command.__name__.rpartition(".")[2]: command for command in commands})
 
 
