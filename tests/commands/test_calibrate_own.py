@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from drafttrain.checkpoint import read_drafter
@@ -39,6 +40,17 @@ def test_a_second_target_gets_its_own_thresholds(tiny_target: Target, tiny_folde
     assert read.thresholds_for(tiny_target) == [0.25, 0.5]
 
 
+def test_texts_count_up_to_their_first_repetition(tiny_target: Target, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = folders.save(folders.drafter_of("sorted_lm", tiny_target), tmp_path / "drafter", tiny_target)
+    arguments = ("calibrate", str(folder), "--own", "--target", str(tiny_folder), "--temperature", "0", *SMALL)
+    estimates = [
+        re.findall(r"estimated (\S+) tokens", "".join(call(*arguments, f"eval.repetition_ngram={ngram}")))
+        for ngram in (0, 1)
+    ]
+    assert len(estimates[0]) == len(estimates[1]) == 1
+    assert estimates[0] != estimates[1]
+
+
 def test_what_cannot_be_calibrated_for_a_target_is_refused(
     tiny_target: Target, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -49,6 +61,7 @@ def test_what_cannot_be_calibrated_for_a_target_is_refused(
     for words, code, message in (
         ((str(plain), *target), 1, "a drafter of kind causal_lm chooses nothing for a target after training"),
         ((str(given), *target), 1, "was given in its recipe, and stays"),
+        ((str(given), "eval.prompts=builtin:test"), 2, "it reads eval.validation_prompts"),
         (("builtin:drafter",), 2, "writes into the drafter's folder"),
         ((str(given), "--out", "x", "--method", "platt"), 2, "--out and --method belong to the map of a confidence"),
     ):

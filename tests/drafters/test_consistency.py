@@ -19,6 +19,7 @@ from drafttrain.core.target_probs import TargetProbs
 from drafttrain.core.texts import Prompt, Record
 from drafttrain.data_gen.packing import as_padding, pack
 from drafttrain.data_gen.stored.noted_texts import RECORDS_A_SHARD, NotedTexts
+from drafttrain.drafters import drafters
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.drafters.consistency.module import Consistency, ConsistencySettings
 from drafttrain.drafters.consistency.trajectories import NOTHING, Trajectories, blocks_of, num_updates
@@ -26,8 +27,9 @@ from drafttrain.drafters.lora import LoraSettings
 from drafttrain.drafters.tuned_target import TuningSettings
 from drafttrain.eval.acceptance.jacobi_exit import JacobiExit, JacobiExitSettings, num_changed
 from drafttrain.eval.acceptance.lossless import Lossless
-from drafttrain.eval.evaluate import evaluate
+from drafttrain.eval.evaluate import choose_drafts, evaluate
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
+from drafttrain.eval.proposers import proposers
 from drafttrain.eval.proposers.jacobi import Jacobi
 from drafttrain.eval.proposers.ngram import Ngram
 from drafttrain.eval.proposers.none import NoDraft
@@ -298,10 +300,23 @@ def test_early_exit_that_is_off_is_lossless(target: Target):
 def test_early_exit_of_drafts_that_are_no_iterates_is_refused(target: Target):
     rule = JacobiExit(JacobiExitSettings())
     for proposer in (CausalLMDrafter(target.model).proposer(target), Ngram()):
-        with pytest.raises(CheckpointError, match=r"jacobi_exit ends an iteration, .* drafter\.kind consistency"):
+        with pytest.raises(CheckpointError, match=r"jacobi_exit ends an iteration, .* these drafts are no iterates"):
             decode(target, proposer, prompts=REPEATING, policy=CHAIN, rule=rule, new=12, stop_tokens=())
     for allowed in (Jacobi(), NoDraft()):
         decode(target, allowed, prompts=REPEATING, policy=CHAIN, rule=rule, new=12, stop_tokens=())
+
+
+def test_early_exit_of_other_drafts_is_refused_before_training(target: Target):
+    rule = JacobiExitSettings()
+    (problem,) = EvalSettings(rule=rule).problems_with(drafters.entry("causal_lm").settings())
+    assert problem.startswith("eval.rule: jacobi_exit ends an iteration")
+    assert problem.endswith("got drafter.kind causal_lm: use rule: {kind: lossless}")
+    assert EvalSettings(rule=rule).problems_with(ConsistencySettings()) == []
+    beside = [proposers.entry(name).settings() for name in ("ngram", "jacobi")]
+    (problem,) = EvalSettings(rule=rule, beside=beside).check()
+    assert "beside: ngram has none" in problem
+    with pytest.raises(CheckpointError, match="got a drafter of kind causal_lm"):
+        choose_drafts([CausalLMDrafter(target.model)], EvalSettings(rule=rule))
 
 
 def test_changes_are_counted_over_the_whole_chain():

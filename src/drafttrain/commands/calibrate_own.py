@@ -16,15 +16,19 @@ from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import continuations
 from drafttrain.drafters import Drafter
 from drafttrain.eval.prompts import read_prompts
+from drafttrain.eval.repetition import tokens_before_repetition
 from drafttrain.eval.replay import Text
 from drafttrain.export.drafter import CalibrationTexts, calibrated
+from drafttrain.pipeline.evaluating import check_lengths
 from drafttrain.pipeline.preflight import check_drafters
 from drafttrain.pipeline.run import quiet_libraries
 from drafttrain.target_model import Target
 
 
 def calibrate_own(drafter: str, target: str | None, overrides: Sequence[str], *, temperature: float) -> list[Path]:
-    """Calibrate a drafter on texts that a target writes after `eval.validation_prompts`, as its training ends; return the written files.
+    """Calibrate a drafter on texts that a target writes after `eval.validation_prompts`; return the written files.
+
+    As at the end of training, a text counts up to where it begins to repeat itself (`eval.repetition_ngram`).
 
     Args:
         drafter: A local folder or a run folder: the files are written into it.
@@ -38,6 +42,8 @@ def calibrate_own(drafter: str, target: str | None, overrides: Sequence[str], *,
     """
     quiet_libraries()
     of_target, settings = load_sections(["target", "eval"], overrides)
+    if any(one.startswith("eval.prompts=") for one in overrides):
+        raise RecipeError("arguments", ["--own: it reads eval.validation_prompts: give those in place of eval.prompts"])
     if not Path(drafter).is_dir():
         raise RecipeError(
             "arguments", [f"--own: writes into the drafter's folder: copy {drafter} into one, and name it"]
@@ -56,7 +62,10 @@ def calibrate_own(drafter: str, target: str | None, overrides: Sequence[str], *,
     )
     sampling = Sampling() if temperature == 0 else Sampling(temperature, settings.top_p, settings.top_k)
     tasks = [Task(prompt.id, list(prompt.tokens), sampling) for prompt in prompts]
+    check_lengths(loaded, prompts, settings)
     written = continuations(tasks, loaded, max_new_tokens=settings.max_new_tokens, seed=settings.seed)
+    if ngram := settings.repetition_ngram:
+        written = [new[: max(1, tokens_before_repetition(new, ngram=ngram))] for new in written]
     texts = [Text(task.id, task.prompt, new) for task, new in zip(tasks, written, strict=True)]
     files = calibrated(read, CalibrationTexts(texts, loaded))
     if not files:

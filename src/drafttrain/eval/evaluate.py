@@ -17,6 +17,7 @@ from drafttrain.core.provenance import provenance
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.acceptance import acceptance_rules
+from drafttrain.eval.acceptance.jacobi_exit import INSTEAD, NEEDS_ITERATES, JacobiExitSettings
 from drafttrain.eval.acceptance.lossless import LosslessSettings
 from drafttrain.eval.acceptance.mixed_target import NEEDS_DRAWN_CHAINS, MixedTargetSettings
 from drafttrain.eval.arms import Arm, Source, decode, faster_baseline
@@ -113,12 +114,14 @@ def choose_draft(drafter: Drafter, settings: EvalSettings) -> bool:
     Strings need a tokenizer of the drafter's own: one without drafts the target's tokens.
 
     Raises:
-        CheckpointError: It has no layers that can run in parallel, or draws nothing, and the settings need it.
+        CheckpointError: It has no layers that can run in parallel, draws nothing, or drafts no iterates, and the settings need it.
     """
     if isinstance(settings.rule, MixedTargetSettings) and drafter.draft == "greedy":
         raise CheckpointError(
             f"eval.rule: {NEEDS_DRAWN_CHAINS}, and this drafter's draft: greedy draws none. Use rule: {{kind: lossless}}"
         )
+    if isinstance(settings.rule, JacobiExitSettings) and drafter.kind != "consistency":
+        raise CheckpointError(f"eval.rule: {NEEDS_ITERATES}, got a drafter of kind {drafter.kind}: {INSTEAD}")
     if settings.layer_parallel_size > 1:
         drafter.run_layers_parallel(settings.layer_parallel_size)
     return settings.across_tokenizers != "strings" or drafter.draft_strings()

@@ -8,6 +8,7 @@ from drafttrain.core.settings import setting
 from drafttrain.data_gen.checkers import checkers
 from drafttrain.drafters.causal_lm.layer_parallel import layer_problem
 from drafttrain.eval.acceptance import acceptance_rules
+from drafttrain.eval.acceptance.jacobi_exit import INSTEAD, NEEDS_ITERATES, JacobiExitSettings
 from drafttrain.eval.acceptance.lossless import LosslessSettings
 from drafttrain.eval.acceptance.mixed_target import NEEDS_DRAWN_CHAINS, MixedTargetSettings
 from drafttrain.eval.length import length_policies
@@ -115,6 +116,9 @@ class EvalSettings:
             ]
             if not isinstance(self.rule, LosslessSettings):
                 problems.append(f"schedule: pipelined needs rule: {{kind: lossless}}, got {self.rule.kind}")
+        if isinstance(self.rule, JacobiExitSettings):
+            others = [one for one in self.beside if one.kind != "jacobi"]
+            problems += [f"rule: {NEEDS_ITERATES}, and beside: {one.kind} has none: {INSTEAD}" for one in others]
         if isinstance(self.rule, MixedTargetSettings):
             problems += self._without_drafts_to_move_to()
         if beside and any(length.kind == "batch_schedule" for _, length in self.lengths()):
@@ -144,6 +148,8 @@ class EvalSettings:
             )
         if isinstance(self.rule, MixedTargetSettings) and getattr(drafter, "draft", "") == "greedy":
             problems.append(f"eval.rule: {NEEDS_DRAWN_CHAINS}, and drafter.draft greedy draws none")
+        if isinstance(self.rule, JacobiExitSettings) and kind not in (None, "consistency"):
+            problems.append(f"eval.rule: {NEEDS_ITERATES}, got drafter.kind {kind}: {INSTEAD}")
         if self.layer_parallel_size > 1 and kind is not None:
             key = f"eval.layer_parallel_size: {self.layer_parallel_size}"
             if kind != "causal_lm":

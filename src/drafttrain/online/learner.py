@@ -51,6 +51,8 @@ class Learner:
     def __init__(
         self, drafter: Drafter, loss: Loss, *, target: Target, settings: TrainSettings, max_length: int, num_tokens: int
     ) -> None:
+        if settings.activation_checkpointing:
+            drafter.recompute_activations()
         self.drafter = drafter
         self.loss = loss
         self.target = target

@@ -163,7 +163,7 @@ def test_a_choice_that_is_a_last_window_at_an_amount_is_named(target, prompts, c
         "note: speckv, window_tokens 8",
         "note: random, window_tokens 8",
     ]
-    assert "its window_tokens 8 come first, and --keep 9 is 9 tokens or fewer of 2 of 3 prompts" in within[0]
+    assert "--keep 9 leaves no room beside the window of 8 tokens in 2 of 3 prompts" in within[0]
     assert [note.split(",")[0] for note in named(8)] == ["note: speckv", "note: specpc", "note: random"]
     assert named(10) == [], "control: one more is chosen"
 

@@ -223,30 +223,31 @@ class CausalLMDrafter(Drafter):
         return drafter
 
     def train_with(self, settings: CausalLMSettings, *, target: Target | None, tokenizer: Any) -> None:
-        """Mask what it reads in training, if the settings say so."""
+        """Freeze its embedding and mask what it reads in training, if the settings say so."""
+        if settings.freeze_embedding:
+            for part in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+                part.requires_grad_(False)
         if settings.input_mask_ratio:
             self.input_mask = InputMask.of(self.model, settings, target=target, tokenizer=tokenizer)
 
     @classmethod
     def sized(cls, settings: CausalLMSettings, *, target: Target, tokenizer: Any) -> Self:
         """Return the drafter; of a checkpoint or a target only config.json is read."""
+        # Which token is the mask changes no size, and needs the tokenizer, which may not be there.
+        sizes = replace(settings, input_mask_ratio=0.0, mask_token_id=None)
         if settings.init == "scratch":
-            # Which token is the mask changes no size, and needs the tokenizer, which may not be there.
-            sizes = replace(settings, input_mask_ratio=0.0, mask_token_id=None)
             drafter = cls.create(sizes, target=target, tokenizer=tokenizer)
         else:
             config = (
                 sized_cut(target.model, settings) if settings.checkpoint is None else read_sizes(settings.checkpoint)[0]
             )
             drafter = cls._of(sized_model(config, "float32", attention=drafter_attention(target.model)), settings)
+            drafter.train_with(sizes, target=target, tokenizer=tokenizer)
         assume_plain(drafter.model)
         return drafter
 
     @classmethod
     def _of(cls, model: Any, settings: CausalLMSettings, other: OtherTokenizer | None = None) -> Self:
-        if settings.freeze_embedding:
-            for part in (model.get_input_embeddings(), model.get_output_embeddings()):
-                part.requires_grad_(False)
         return cls(model, draft=settings.draft, other=other)
 
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

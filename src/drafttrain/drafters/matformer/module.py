@@ -100,18 +100,13 @@ which engines load beside the whole one."""
     _now: Sequence[int] | None = None
     """By block, the neurons that run; None: all."""
 
-    @classmethod
-    def _of(cls, model: Any, settings: Any, other: Any = None) -> Self:
-        drafter = super()._of(model, settings, other)
-        drafter.shares, drafter.one_a_step, drafter.distill = (
-            tuple(settings.widths),
-            settings.one_a_step,
-            settings.distill,
-        )
-        mlps = gated_mlps(model)
-        for share in drafter.shares:
+    def train_with(self, settings: Any, *, target: Target | None, tokenizer: Any) -> None:
+        """Train the widths of the settings, besides what every causal LM does."""
+        super().train_with(settings, target=target, tokenizer=tokenizer)
+        self.shares, self.one_a_step, self.distill = tuple(settings.widths), settings.one_a_step, settings.distill
+        mlps = gated_mlps(self.model)
+        for share in self.shares:
             neurons_at(mlps, share)
-        return drafter
 
     @classmethod
     def create(cls, settings: Any, *, target: Target | None, tokenizer: Any) -> Self:

@@ -68,7 +68,6 @@ class Medusa(Drafter):
         target_config: Any,
         draft_vocab_size: int | None = None,
         shared_head: bool = False,
-        decay: float = 1.0,
         draft: str = "sampled",
         paths: list[TreePath] | None = None,
         device: torch.device | str = "cpu",
@@ -89,7 +88,7 @@ class Medusa(Drafter):
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
         self.shared_head = shared_head
-        self.decay = decay
+        self.decay = 1.0
         self.draft = draft
         self.joint: JointSettings | None = None
         self.adapter: Any = None
@@ -125,13 +124,18 @@ class Medusa(Drafter):
                     f"drafter.checkpoint: {made.tuning}: training cannot continue from heads on an adapted target "
                     "(Medusa-2)"
                 )
-            made.decay, made.draft, made.paths = settings.decay, settings.draft, None
+            made.draft, made.paths = settings.draft, None
             made._keeps_vocabulary = True
+        made.train_with(settings, target=target, tokenizer=tokenizer)
         if settings.joint is not None:
             made.joint = settings.joint
             made.tuned = TunedTarget(target, settings.joint.lora, key="drafter.joint.lora")
             made.adapter = made.tuned.weights
         return made
+
+    def train_with(self, settings: MedusaSettings, *, target: Target | None, tokenizer: Any) -> None:
+        """Weigh the losses of the heads as the settings say."""
+        self.decay = settings.decay
 
     @classmethod
     def _like_head(cls, weight_VD: Tensor, settings: MedusaSettings, target: Target) -> Medusa:
@@ -145,7 +149,6 @@ class Medusa(Drafter):
             target_config=target.model.config.get_text_config(),
             draft_vocab_size=size_for(target, settings.draft_vocab_size),
             shared_head=settings.shared_head,
-            decay=settings.decay,
             draft=settings.draft,
             device=weight_VD.device,
         )

@@ -20,6 +20,9 @@ from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.verification import RandomDecisions, walk
 
+NEEDS_ITERATES = "jacobi_exit ends an iteration, so it needs drafts of drafter.kind consistency or of proposer jacobi"
+INSTEAD = "use rule: {kind: lossless}"
+
 
 @dataclass
 class JacobiExitSettings:
@@ -52,10 +55,7 @@ class JacobiExit:
         self, proposal: Proposal, target_probs: TargetProbs, node_hidden_ND: Tensor | None, generator: torch.Generator
     ) -> tuple[list[int], int | None]:
         if proposal.refined is None and len(proposal.tokens_N) > 1:
-            raise CheckpointError(
-                "eval.rule: jacobi_exit ends an iteration, and these drafts are no iterates: use it with drafter.kind consistency or "
-                "eval.beside of kind jacobi, or rule: {kind: lossless}"
-            )
+            raise CheckpointError(f"eval.rule: {NEEDS_ITERATES}, and these drafts are no iterates: {INSTEAD}")
         last = self.settings.max_rounds is not None and (proposal.refined or 0) + 1 >= self.settings.max_rounds
         stops = last or num_changed(proposal, target_probs) <= self.settings.max_changed
         return walk(proposal, target_probs, RandomDecisions(generator), overrule=lambda node: stops)

@@ -125,10 +125,10 @@ def _warn_of_windows(choices: Sequence[Any], amounts: Sequence[Amount], lengths:
     for choice in choices:
         for amount in amounts:
             parts = [kept for length in lengths if (kept := amount.of(length)) < length]
-            if within := [kept for kept in parts if kept <= choice.num_kept_first]:
+            if within := sum(kept <= choice.num_kept_first for kept in parts):
                 say(
-                    f"note: {label_of(choice)} ({choice.of}): its window_tokens {choice.window_tokens} come first, and --keep {amount} is "
-                    f"{max(within)} tokens or fewer of {len(within)} of {len(lengths)} prompts: there it is a last window. "
+                    f"note: {label_of(choice)} ({choice.of}): --keep {amount} leaves no room beside the window of "
+                    f"{choice.window_tokens} tokens in {within} of {len(lengths)} prompts: there it is a last window. "
                     f"Set a smaller window_tokens, or keep more"
                 )
 
