@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import re
 from pathlib import Path
@@ -22,6 +23,7 @@ from drafttrain.data_gen.generate import generate
 from drafttrain.data_gen.names import content_name
 from drafttrain.data_gen.record_images import stored
 from drafttrain.data_gen.settings import DataSettings, GenerateSettings
+from drafttrain.data_gen.sources import Item
 from drafttrain.data_gen.sources.generated import GeneratedSettings
 from drafttrain.data_gen.sources.jsonl import JSONL, JSONLSettings
 from drafttrain.data_gen.sources.parquet import Parquet, ParquetSettings
@@ -153,9 +155,7 @@ def test_names_of_records_do_not_depend_on_where_their_file_lies(target: Target,
     for place, picture_file in (("a", "one.png"), ("b", "one.png"), ("c", "two.png")):
         (files / place).mkdir()
         (files / place / picture_file).write_bytes((files / picture_file).read_bytes())
-        (item,) = JSONL(
-            JSONLSettings(path=str(write_lines(files / place / "r.jsonl", asked(picture_file))))
-        ).items()
+        (item,) = JSONL(JSONLSettings(path=str(write_lines(files / place / "r.jsonl", asked(picture_file))))).items()
         encoder = Encoder(target.tokenizer, 128, images=target.images)
         names += [record.id for record in encoder.records(item.value, id=content_name(item.value))]
     assert names[0] == names[1] == content_name(asked("one.png"))
@@ -170,6 +170,40 @@ def test_answers_to_an_image_that_has_changed_are_quarantined(target: Target, fi
     (files / "one.png").write_bytes(picture(2))
     with pytest.raises(BadItem, match="differs from the image that the record was made of"):
         encoder.records(shard, id="a")
+
+
+def test_image_tokens_without_an_image_are_quarantined(target: Target) -> None:
+    """Beside a record with images they would end the training; plain text and sources of whole records too."""
+    assert target.images is not None
+    token = target.tokenizer.convert_ids_to_tokens(target.images.visual_id)
+    encoder = Encoder(target.tokenizer, 128, images=target.images)
+    for value in ({"text": f"plain {token} text"}, {"prompt": "a", "completion": token}):
+        with pytest.raises(BadItem, match="images: "):
+            records_of(Item("", value), JSONL(JSONLSettings(path="")), encoder)
+    assert records_of(Item("", {"text": "plain text"}), JSONL(JSONLSettings(path="")), encoder)
+
+
+def test_an_image_inside_a_part_is_not_ignored(target: Target, files: Path) -> None:
+    encoder = Encoder(target.tokenizer, 128, images=target.images)
+    part = {"type": "image"}
+    item = asked(str(files / "one.png"), text=[part, {"type": "text", "text": "What?"}])  # type: ignore[arg-type]
+    assert encoder.records(item, id="a")
+    part["image"] = "two.png"
+    with pytest.raises(BadItem, match=r"has an image of its own \(image\): list it in images"):
+        encoder.records(item, id="a")
+
+
+def test_a_template_that_reads_text_gets_text(target: Target, files: Path) -> None:
+    """It would write a list of parts as Python does; the control is that another template's text holds no such thing."""
+    assert target.images is not None
+    tokenizer = copy.deepcopy(target.tokenizer)
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    tokenizer.chat_template = plain + "{% if add_generation_prompt %}assistant: {% endif %}"
+    for one in (tokenizer, target.tokenizer):
+        item = asked(str(files / "one.png"))
+        (record,) = Encoder(one, 128, images=target.images).records(item, id="a")
+        assert "type" not in one.decode(record.tokens)
+        assert target.images.visual_id in record.tokens
 
 
 def test_records_with_images_are_refused_where_only_text_is_read(target: Target, files: Path) -> None:

@@ -197,9 +197,7 @@ def test_pictures_are_decoded_as_transformers_loads_them(tmp_path: Path) -> None
     assert picture_of(cases["turned"]).size == (20, 40)
 
 
-def test_what_a_decoder_or_a_processor_refuses_is_a_bad_image(
-    target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_decoder_or_a_processor_refuses_is_a_bad_image(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     assert target.images is not None
     narrow = encoded(Picture.new("RGB", (3000, 3)))
     if target.name.endswith("qwen2_vl0"):

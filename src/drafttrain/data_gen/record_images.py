@@ -22,6 +22,8 @@ DIGEST = "sha256"
 """Key beside the path of an image in texts that the target wrote: of another image they would be wrong."""
 PARTS = ("image", "image_url", "input_image")
 """Types of a turn's part that is an image."""
+CONTENTS = ("image", "image_url", "path", "url", "bytes", "base64")
+"""Keys under which such a part may hold its image."""
 WRITTEN = "<image>"
 """What data sets write in a turn where an image belongs, whatever the target's own placeholder is."""
 
@@ -73,7 +75,11 @@ def with_images(
 
 
 def with_placeholders(turns: Any, placeholder: str) -> Any:
-    """Return turns with the target's placeholder where they name an image: as a part, or as data sets write it."""
+    """Return turns with the target's placeholder where they name an image: as a part, or as data sets write it.
+
+    Raises:
+        BadItem: A part holds an image beside those of the record.
+    """
     if isinstance(turns, str):
         return turns.replace(WRITTEN, placeholder)
     if not isinstance(turns, list):
@@ -87,6 +93,10 @@ def _placed(turn: Any, placeholder: str) -> Any:
     if not isinstance(turn, Mapping):
         return turn
     if isinstance(turn.get("type"), str) and turn["type"] in PARTS:
+        if held := [key for key in CONTENTS if turn.get(key)]:
+            raise BadItem(
+                f"{IMAGES}: a part of type {turn['type']} has an image of its own ({held[0]}): list it in {IMAGES}"
+            )
         return placeholder
     return dict(turn) | {
         name: with_placeholders(turn[name], placeholder) for name in ("content", "value", "text") if turn.get(name)

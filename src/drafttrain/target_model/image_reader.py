@@ -97,7 +97,9 @@ class ImageReader:
         picture = picture_of(image)
         try:
             arrays = self._arrays([picture])
-        except Exception as error:  # Qwen2-VL's refuses long and narrow images with a ValueError; others raise what they like
+        except (
+            Exception
+        ) as error:  # Qwen2-VL's refuses long and narrow images with a ValueError; others raise what they like
             size = f"{picture.width} x {picture.height} pixels"
             raise BadImage(f"the target's processor refuses it ({size}): {in_one_line(error)}") from error
         text = self._processor.replace_image_token(arrays, 0)
