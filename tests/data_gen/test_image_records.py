@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.data_gen.backends.builtin import BuiltinSettings
+from drafttrain.data_gen.bad_item import BadItem
 from drafttrain.data_gen.curriculum import CurriculumSampler, CurriculumSettings, share_with_images
 from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.generate import generate
+from drafttrain.data_gen.names import content_name
+from drafttrain.data_gen.record_images import stored
 from drafttrain.data_gen.settings import DataSettings, GenerateSettings
+from drafttrain.data_gen.sources import Item
 from drafttrain.data_gen.sources.generated import GeneratedSettings
-from drafttrain.data_gen.sources.jsonl import JSONLSettings
+from drafttrain.data_gen.sources.jsonl import JSONL, JSONLSettings
+from drafttrain.data_gen.sources.parquet import Parquet, ParquetSettings
+from drafttrain.data_gen.stored.records import records_of
 from drafttrain.data_gen.training_data import TrainingData, attach_cache, note_contamination, prepare
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.target_model import Target, TargetSettings
@@ -93,12 +101,14 @@ def test_bad_images_are_quarantined_with_their_place(target: Target, files: Path
         asked(7),
         {"text": "plain <image>", "images": ["one.png"]},
         {"prompt": "a", "completion": "b", "images": 7.5},
+        asked("zero\0byte.png"),
+        asked("~nobody-here/a.png"),
     )
     data = data_of(path, target, tmp_path / "data")
     assert len(data.stores[0]) == 1
     lines = (tmp_path / "data" / "0-jsonl" / "quarantine.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
-    assert [one["where"] for one in found] == [f"{path}:{number}" for number in range(2, 11)]
+    assert [one["where"] for one in found] == [f"{path}:{number}" for number in range(2, 13)]
     wanted = [
         "images.0: .*missing.png: cannot be read: No such file",
         "images.0: not an image that can be decoded",
@@ -109,9 +119,91 @@ def test_bad_images_are_quarantined_with_their_place(target: Target, files: Path
         "images.0: must be a path, a data URL",
         "images: plain text is cut into windows",
         "images.0: must be a path, a data URL",
+        r"images.0: zero\\x00byte.png: cannot be read: embedded null byte",
+        "images.0: ~nobody-here/a.png: cannot be read: ",
     ]
     for one, reason in zip(found, wanted, strict=True):
         assert re.match(reason, one["reason"]), (reason, one["reason"])
+
+
+def test_paths_are_relative_to_the_file_under_any_key(
+    target: Target, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    one = asked("one.png")
+    renamed = {key: part for key, part in one.items() if key != "images"}
+    path = write_lines(files / "records.jsonl", renamed | {"photo": "one.png"})
+    nested = write_lines(files / "nested.jsonl", renamed | {"data": {"photos": [{"path": "one.png"}]}})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([one]), files / "records.parquet")
+    cases: list[Any] = [
+        JSONL(JSONLSettings(path=str(path), rename={"images": "photo"})),
+        JSONL(JSONLSettings(path=str(nested), rename={"images": "data.photos"})),
+        Parquet(ParquetSettings(path=str(files / "records.parquet"))),
+    ]
+    for source in cases:
+        encoder = Encoder(target.tokenizer, 128, images=target.images)
+        encoder = encoder.reading_as(JSONLSettings(path="", rename={"images": source.images}))
+        (item,) = source.items()
+        (record,) = records_of(item, source, encoder)
+        assert [image.path for image in record.images] == [str(files / "one.png")]
+
+
+def test_names_of_records_do_not_depend_on_where_their_file_lies(target: Target, files: Path) -> None:
+    """A name selects the record's random numbers; the control is another image."""
+    names = []
+    for place, picture_file in (("a", "one.png"), ("b", "one.png"), ("c", "two.png")):
+        (files / place).mkdir()
+        (files / place / picture_file).write_bytes((files / picture_file).read_bytes())
+        (item,) = JSONL(JSONLSettings(path=str(write_lines(files / place / "r.jsonl", asked(picture_file))))).items()
+        encoder = Encoder(target.tokenizer, 128, images=target.images)
+        names += [record.id for record in encoder.records(item.value, id=content_name(item.value))]
+    assert names[0] == names[1] == content_name(asked("one.png"))
+    assert names[0] != names[2]
+
+
+def test_answers_to_an_image_that_has_changed_are_quarantined(target: Target, files: Path) -> None:
+    encoder = Encoder(target.tokenizer, 128, images=target.images)
+    (image,) = encoder.images_of(asked(str(files / "one.png")))
+    shard = asked(stored(image))
+    assert encoder.records(shard, id="a")
+    (files / "one.png").write_bytes(picture(2))
+    with pytest.raises(BadItem, match="differs from the image that the record was made of"):
+        encoder.records(shard, id="a")
+
+
+def test_image_tokens_without_an_image_are_quarantined(target: Target) -> None:
+    """Beside a record with images they would end the training; plain text and sources of whole records too."""
+    assert target.images is not None
+    token = target.tokenizer.convert_ids_to_tokens(target.images.visual_id)
+    encoder = Encoder(target.tokenizer, 128, images=target.images)
+    for value in ({"text": f"plain {token} text"}, {"prompt": "a", "completion": token}):
+        with pytest.raises(BadItem, match="images: "):
+            records_of(Item("", value), JSONL(JSONLSettings(path="")), encoder)
+    assert records_of(Item("", {"text": "plain text"}), JSONL(JSONLSettings(path="")), encoder)
+
+
+def test_an_image_inside_a_part_is_not_ignored(target: Target, files: Path) -> None:
+    encoder = Encoder(target.tokenizer, 128, images=target.images)
+    part = {"type": "image"}
+    item = asked(str(files / "one.png"), text=[part, {"type": "text", "text": "What?"}])  # type: ignore[arg-type]
+    assert encoder.records(item, id="a")
+    part["image"] = "two.png"
+    with pytest.raises(BadItem, match=r"has an image of its own \(image\): list it in images"):
+        encoder.records(item, id="a")
+
+
+def test_a_template_that_reads_text_gets_text(target: Target, files: Path) -> None:
+    """It would write a list of parts as Python does; the control is that another template's text holds no such thing."""
+    assert target.images is not None
+    tokenizer = copy.deepcopy(target.tokenizer)
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    tokenizer.chat_template = plain + "{% if add_generation_prompt %}assistant: {% endif %}"
+    for one in (tokenizer, target.tokenizer):
+        item = asked(str(files / "one.png"))
+        (record,) = Encoder(one, 128, images=target.images).records(item, id="a")
+        assert "type" not in one.decode(record.tokens)
+        assert target.images.visual_id in record.tokens
 
 
 def test_records_with_images_are_refused_where_only_text_is_read(target: Target, files: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from drafttrain.checkpoint import About, write_about
 from drafttrain.config.load import load_recipe
 from drafttrain.core.batches import DraftBatch
 from drafttrain.core.errors import CheckpointError, RecipeError
@@ -26,6 +27,7 @@ from drafttrain.eval.engine import Engine
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.parity import parity
 from drafttrain.eval.proposers.none import NoDraft
+from drafttrain.export.convert import export_as, read_target_config
 from drafttrain.losses.align import align
 from drafttrain.target_model import Target, TargetSettings
 from tests.drafters.eagle_models import eagle_drafter, eagle_target
@@ -194,6 +196,44 @@ def test_the_folder_keeps_what_it_reads(target: Target, drafter: Any, tmp_path: 
     batch = batch_of(target, drafter, record_of(target, [image(1)]))
     with torch.no_grad():
         assert torch.equal(loaded(batch).states_BTD[1], drafter(batch).states_BTD[1])
+
+
+def write_folder(folder: Path, target: Target, *, visual: bool) -> None:
+    """Write a drafter folder with all that a start or a conversion reads."""
+    drafter = eagle_drafter("eagle", target, visual=visual, num_steps=STEPS)
+    drafter.save(folder)
+    target.tokenizer.save_pretrained(folder)
+    write_about(folder, About("eagle", target.name, target.fingerprint, "", target.num_tokens, 1))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_start_from_a_checkpoint_reads_images_as_its_own_settings_say(
+    first: bool, target: Target, tmp_path: Path
+) -> None:
+    write_folder(tmp_path / "drafter", target, visual=first)
+    for visual in (False, True):
+        settings = Eagle1Settings(checkpoint=str(tmp_path / "drafter"), visual=visual)
+        made = Eagle1Drafter.create(settings, target=target, tokenizer=target.tokenizer)
+        assert bool(made.needs().hidden) == visual
+
+
+def test_a_visual_drafter_is_not_exported_for_an_engine(target: Target, tmp_path: Path) -> None:
+    """The control is the same drafter without `visual`, which is only refused for what else this target has."""
+    for visual in (True, False):
+        folder = tmp_path / str(visual)
+        write_folder(folder, target, visual=visual)
+        try:
+            export_as(
+                "vllm",
+                folder,
+                tmp_path / f"{visual}.vllm",
+                target_config=read_target_config(Path(target.name), name="target"),
+            )
+        except CheckpointError as error:
+            reason = str(error)
+        else:
+            reason = ""
+        assert ("no engine reads the projector's embeddings" in reason) == visual
 
 
 def test_a_target_without_its_tower_is_refused() -> None:

@@ -5,18 +5,22 @@ B = sequences, T = positions, V = vocabulary, D = hidden
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image as Picture
 from torch import Tensor
+from transformers.image_utils import load_image
 
 from drafttrain.core.errors import CheckpointError, DataError
 from drafttrain.core.images import Image, PlacedImages
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.target_model import Target, TargetSettings
-from drafttrain.target_model.image_reader import BadImage
+from drafttrain.target_model.image_reader import BadImage, picture_of
 from tests.conftest import byte_tokenizer
 from tests.multimodal import SHAPES, image, picture, write_target
 
@@ -165,3 +169,44 @@ def test_images_need_a_processor_and_a_multimodal_model(tmp_path: Path, tiny_tar
         CheckpointError, match=r"target\.images needs a processor that reads images .*, and none is here"
     ):
         Target.load(TargetSettings(model=str(tmp_path), images=True))
+
+
+def encoded(drawn: Any, format: str = "PNG", **more: Any) -> Image:
+    """Return a picture of Pillow as an encoded image."""
+    written = io.BytesIO()
+    drawn.save(written, format=format, **more)
+    return Image.of_bytes(written.getvalue())
+
+
+def test_pictures_are_decoded_as_transformers_loads_them(tmp_path: Path) -> None:
+    """Upright by EXIF, first frames, three colours of any mode; the control is that EXIF turns the picture."""
+    drawn = picture_of(image(3, width=40, height=20))
+    turned = Picture.Exif()
+    turned[0x0112] = 6
+    cases = {
+        "turned": encoded(drawn, "JPEG", exif=turned),
+        "cmyk": encoded(drawn.convert("CMYK"), "JPEG"),
+        "alpha": encoded(drawn.convert("RGBA")),
+        "frames": encoded(drawn, "GIF", save_all=True, append_images=[drawn.rotate(180)]),
+        "16 bits": encoded(Picture.new("I;16", (20, 20), 900)),
+    }
+    for name, one in cases.items():
+        path = tmp_path / "picture"
+        path.write_bytes(one.read())
+        assert picture_of(one).tobytes() == load_image(str(path)).tobytes(), name
+    assert picture_of(cases["turned"]).size == (20, 40)
+
+
+def test_what_a_decoder_or_a_processor_refuses_is_a_bad_image(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert target.images is not None
+    narrow = encoded(Picture.new("RGB", (3000, 3)))
+    if target.name.endswith("qwen2_vl0"):
+        with pytest.raises(BadImage, match=r"processor refuses it \(3000 x 3 pixels\): absolute aspect ratio"):
+            target.images.tokens_of(narrow)
+    else:
+        target.images.tokens_of(narrow)
+    with pytest.raises(BadImage, match="its format is unknown"):
+        target.images.tokens_of(Image.of_bytes(b"<svg/>"))
+    monkeypatch.setattr(Picture, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(BadImage, match="decompression bomb"):
+        target.images.tokens_of(narrow)

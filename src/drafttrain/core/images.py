@@ -48,7 +48,10 @@ class Image:
         except OSError as error:
             raise DataError(f"{self.path}: the image of a record cannot be read: {error.strerror}") from error
         if hashlib.sha256(content).hexdigest() != self.digest:
-            raise DataError(f"{self.path}: the image has changed since its record was encoded: encode the data again")
+            raise DataError(
+                f"{self.path}: the image has changed since its record was encoded: remove the folder "
+                "of its source in data of the run folder (such as data/0-jsonl), and the records are encoded again"
+            )
         return content
 
 

@@ -54,8 +54,8 @@ class ChatTemplate:
 
     Args:
         notes: Notes for the user on how records were read, with counts.
-        placeholder: The text that stands for an image; the template then reads turns in parts of text and images. None: it reads
-            text.
+        placeholder: The text that stands for an image; the template then reads turns in parts of text and images, if it can. None:
+            it reads text.
     """
 
     tokenizer: Any
@@ -260,7 +260,25 @@ class ChatTemplate:
             }
             for turn in chat.turns
         ]
-        return turns if self.placeholder is None else [in_parts(turn, self.placeholder) for turn in turns]
+        if self.placeholder is None or not self._reads_parts:
+            return turns
+        return [in_parts(turn, self.placeholder) for turn in turns]
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the template reads turns in parts; one that reads text fails on a list, or writes it as Python or JSON does."""
+        text, parts = (self._asked(content) for content in ("a", [{"type": "text", "text": "a"}]))
+        if text is None or parts is None:
+            return parts is not None or text is None
+        return not any(key in parts for key in ("'type'", '"type"'))
+
+    def _asked(self, content: Any) -> str | None:
+        """Return a user's message as text; None: the template fails on it."""
+        turns = [{"role": "user", "content": content}]
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except Exception:  # templates are programs and raise anything
+            return None
 
     @cached_property
     def _calls_in_text(self) -> bool:

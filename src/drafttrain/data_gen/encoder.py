@@ -208,6 +208,16 @@ class Encoder:
             return list(tokens), list(mask_T), []
         return with_images(tokens, mask_T, images, self.images)
 
+    def refuse_lone_image_tokens(self, records: Sequence[Record]) -> None:
+        """Refuse records that have tokens of image positions and no images: the target would have nothing to read there.
+
+        Raises:
+            BadItem: There is one.
+        """
+        reader = self.images
+        if reader is not None and any(reader.visual_id in one.tokens for one in records if not one.images):
+            raise BadItem(f"{IMAGES}: the text has a token of image positions ({reader.placeholder}), and no images")
+
     def _first(self, tokens: Sequence[int]) -> list[int]:
         """Return the tokens up to `max_length`.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from drafttrain.core.images import Image
+from drafttrain.core.printable import shortened
 from drafttrain.data_gen.bad_item import BadItem
 from drafttrain.data_gen.record_keys import IMAGES
 from drafttrain.target_model.image_reader import BadImage, ImageReader
@@ -16,10 +18,12 @@ from drafttrain.target_model.image_reader import BadImage, ImageReader
 NO_READER = (
     "images: only text is read here. fit, gen and eval read images with target.images: true and a multimodal target"
 )
-IMAGE = "image"
-"""Key of one image in some data sets, which `rename: {images: image}` reads."""
+DIGEST = "sha256"
+"""Key beside the path of an image in texts that the target wrote: of another image they would be wrong."""
 PARTS = ("image", "image_url", "input_image")
 """Types of a turn's part that is an image."""
+CONTENTS = ("image", "image_url", "path", "url", "bytes", "base64")
+"""Keys under which such a part may hold its image."""
 WRITTEN = "<image>"
 """What data sets write in a turn where an image belongs, whatever the target's own placeholder is."""
 
@@ -71,7 +75,11 @@ def with_images(
 
 
 def with_placeholders(turns: Any, placeholder: str) -> Any:
-    """Return turns with the target's placeholder where they name an image: as a part, or as data sets write it."""
+    """Return turns with the target's placeholder where they name an image: as a part, or as data sets write it.
+
+    Raises:
+        BadItem: A part holds an image beside those of the record.
+    """
     if isinstance(turns, str):
         return turns.replace(WRITTEN, placeholder)
     if not isinstance(turns, list):
@@ -85,35 +93,59 @@ def _placed(turn: Any, placeholder: str) -> Any:
     if not isinstance(turn, Mapping):
         return turn
     if isinstance(turn.get("type"), str) and turn["type"] in PARTS:
+        if held := [key for key in CONTENTS if turn.get(key)]:
+            raise BadItem(
+                f"{IMAGES}: a part of type {turn['type']} has an image of its own ({held[0]}): list it in {IMAGES}"
+            )
         return placeholder
     return dict(turn) | {
         name: with_placeholders(turn[name], placeholder) for name in ("content", "value", "text") if turn.get(name)
     }
 
 
-def located(value: Any, folder: Path) -> Any:
-    """Return a record with the paths of its images relative to the folder of its file."""
+@dataclass(frozen=True)
+class LocatedPath:
+    """The path of an image as a record has it, and the folder that it is relative to.
+
+    As text it is what the record has: the names of records do not depend on where a file lies.
+    """
+
+    written: str
+    folder: Path
+
+    def __str__(self) -> str:
+        return self.written
+
+
+def located(value: Any, folder: Path, *, under: str) -> Any:
+    """Return a record in which paths of images are relative to a folder.
+
+    Args:
+        under: The key of the images; `data.images` is the key images inside the mapping data.
+    """
     if not isinstance(value, dict):
         return value
-    found = {key: value[key] for key in (IMAGES, IMAGE) if value.get(key)}
-    return value | {
-        key: [_located(one, folder) for one in given] if isinstance(given, list) else _located(given, folder)
-        for key, given in found.items()
-    }
+    if given := value.get(under):
+        own = [_located(one, folder) for one in given] if isinstance(given, list) else _located(given, folder)
+        return value | {under: own}
+    outer, _, inner = under.partition(".")
+    if inner and isinstance(value.get(outer), dict):
+        return value | {outer: located(value[outer], folder, under=inner)}
+    return value
 
 
 def stored(image: Image) -> dict[str, str]:
     """Return an image as a record in JSON holds it."""
     if image.path is not None:
-        return {"path": image.path}
+        return {"path": image.path, DIGEST: image.digest}
     return {"bytes": base64.b64encode(image.read()).decode()}
 
 
 def _located(one: Any, folder: Path) -> Any:
     if isinstance(one, str) and not one.startswith("data:"):
-        return str((folder / Path(one).expanduser()).absolute())
+        return LocatedPath(one, folder)
     if isinstance(one, dict) and isinstance(one.get("path"), str) and not one.get("bytes"):
-        return {"path": _located(one["path"], folder)}
+        return one | {"path": LocatedPath(one["path"], folder)}
     return one
 
 
@@ -129,12 +161,24 @@ def _image(one: Any, key: str) -> Image:
             return Image.of_bytes(base64.b64decode(content, validate=True))
         except (binascii.Error, ValueError) as error:
             raise BadItem(f"{key}: its bytes are not base64: {error}") from error
-    if not isinstance(path, str) or not path:
+    if not isinstance(path, str | LocatedPath) or not str(path):
         raise BadItem(f"{key}: must be a path, a data URL, or a mapping with path or bytes (base64)")
+    folder = path.folder if isinstance(path, LocatedPath) else Path()
     try:
-        return Image.of_file(Path(path))
-    except OSError as error:
-        raise BadItem(f"{key}: {path}: cannot be read: {error.strerror}") from error
+        # A path with a zero byte is a ValueError, an unknown user after ~ a RuntimeError.
+        image = Image.of_file((folder / Path(str(path)).expanduser()).absolute())
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise BadItem(f"{key}: {shortened(str(path))}: cannot be read: {reason}{_relative_to(path)}") from error
+    if isinstance(one, Mapping) and one.get(DIGEST, image.digest) != image.digest:
+        raise BadItem(f"{key}: {shortened(str(path))}: differs from the image that the record was made of ({DIGEST})")
+    return image
+
+
+def _relative_to(path: str | LocatedPath) -> str:
+    if isinstance(path, LocatedPath) and not Path(path.written).is_absolute():
+        return f" (relative to {path.folder})"
+    return ""
 
 
 def _tokens_of(image: Image, key: str, reader: ImageReader) -> list[int]:

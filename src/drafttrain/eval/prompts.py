@@ -15,7 +15,7 @@ from drafttrain.core.texts import Prompt
 from drafttrain.data_gen.bad_item import BadItem
 from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.names import Names
-from drafttrain.data_gen.sources import Item, RecordForm
+from drafttrain.data_gen.sources import Item, RecordForm, images_key
 from drafttrain.data_gen.sources.jsonl import lines
 from drafttrain.target_model.image_reader import ImageReader
 
@@ -111,7 +111,7 @@ def _of_files(files: Sequence[PromptFile], encoder: Encoder, *, prompt_tokens: i
 def _of_file(file: PromptFile, encoder: Encoder, *, prompt_tokens: int | None) -> list[Prompt]:
     path, encoder = prompt_file(file.path), encoder.reading_as(file)
     problems, found, seen = [], list[Prompt](), set[str]()
-    for number, item in lines(path):
+    for number, item in lines(path, images=images_key(file)):
         try:
             prompt = _prompt(item, number, file, encoder, prompt_tokens=prompt_tokens)
             if prompt.id in seen:

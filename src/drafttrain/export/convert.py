@@ -86,6 +86,10 @@ def converted(name: str, source: Path, target_config: Mapping[str, Any]) -> Draf
         if name == "hf":
             return files
         raise CheckpointError(f"{source}: cannot be exported as {name}: {OWN_TOKENIZER}")
+    if name != "hf" and files.config.get("drafttrain", {}).get("visual_id") is not None:
+        raise CheckpointError(
+            f"{source}: cannot be exported as {name}: no engine reads the projector's embeddings of images (drafter.visual)"
+        )
     if files.kind not in exporter.reads:
         able = [other for other in exporters.names() if files.kind in exporter_of(other).reads]
         raise CheckpointError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image as Picture
+from PIL.ImageOps import exif_transpose
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.images import Image
@@ -91,9 +92,16 @@ class ImageReader:
         """Return the tokens that replace the placeholder of an image.
 
         Raises:
-            BadImage: It cannot be decoded.
+            BadImage: It cannot be decoded, or the processor refuses it.
         """
-        arrays = self._arrays([picture_of(image)])
+        picture = picture_of(image)
+        try:
+            arrays = self._arrays([picture])
+        except (
+            Exception
+        ) as error:  # Qwen2-VL's refuses long and narrow images with a ValueError; others raise what they like
+            size = f"{picture.width} x {picture.height} pixels"
+            raise BadImage(f"the target's processor refuses it ({size}): {in_one_line(error)}") from error
         text = self._processor.replace_image_token(arrays, 0)
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
@@ -123,13 +131,16 @@ def processor_files(folder: Path) -> list[Path]:
 
 
 def picture_of(image: Image) -> Any:
-    """Return an image decoded, in three colours.
+    """Return an image decoded as transformers' `load_image` does: upright by its EXIF orientation, in three colours.
 
     Raises:
         BadImage: It cannot be decoded.
     """
+    content = image.read()
     try:
-        with Picture.open(io.BytesIO(image.read())) as opened:
-            return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Picture.DecompressionBombError) as error:
+        with Picture.open(io.BytesIO(content)) as opened:
+            return exif_transpose(opened).convert("RGB")
+    except Picture.UnidentifiedImageError as error:
+        raise BadImage("not an image that can be decoded: its format is unknown, or its beginning is broken") from error
+    except Exception as error:  # broken files and decoders raise anything
         raise BadImage(f"not an image that can be decoded: {in_one_line(error)}") from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkabl
 from drafttrain.core.digests import text_digest
 from drafttrain.core.registry import Registry, component_mapping
 from drafttrain.core.settings import setting
-from drafttrain.data_gen.record_keys import KEYS
+from drafttrain.data_gen.record_keys import IMAGES, KEYS
 from drafttrain.data_gen.turns import ROLES
 
 if TYPE_CHECKING:
@@ -75,6 +75,11 @@ class RecordForm:
             for word, role in self.roles.items()
             if role not in ROLES
         ]
+
+
+def images_key(form: RecordForm) -> str:
+    """Return the key under which records have their images."""
+    return form.rename.get(IMAGES, IMAGES)
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,8 @@ from typing import Any, BinaryIO, cast
 from drafttrain.core.errors import DataError
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.record_images import located
-from drafttrain.data_gen.sources import Item, RecordSettings, sources, stamps
+from drafttrain.data_gen.record_keys import IMAGES
+from drafttrain.data_gen.sources import Item, RecordSettings, images_key, sources, stamps
 
 GZIP = b"\x1f\x8b"
 """First bytes of a gzip file."""
@@ -34,11 +35,12 @@ class JSONL:
 
     def __init__(self, settings: JSONLSettings) -> None:
         self.path = settings.path
+        self.images = images_key(settings)
 
     def items(self) -> Iterator[Item]:
         """Yield every record; anything but a JSON object is yielded with its problem."""
         for path in matching(self.path):
-            for number, item in lines(path):
+            for number, item in lines(path, images=self.images):
                 yield replace(item, where=f"{path}:{number}")
 
     def version(self) -> Any:
@@ -46,16 +48,19 @@ class JSONL:
         return stamps(matching(self.path))
 
 
-def lines(path: Path) -> Iterator[tuple[int, Item]]:
+def lines(path: Path, *, images: str = IMAGES) -> Iterator[tuple[int, Item]]:
     """Yield the lines of one file, or the records of its array, numbered from 1; empty lines are skipped.
 
-    Paths of images are relative to the file.
+    Args:
+        images: The key of images, whose paths are relative to the file.
 
     Raises:
         DataError: An array is broken: records after the break cannot be separated.
     """
+    folder = path.parent.absolute()
     for number, item in _lines(path):
-        yield number, replace(item, value=located(item.value, path.parent))
+        value = located(item.value, folder, under=images)
+        yield number, item if value is item.value else replace(item, value=value)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Item]]:

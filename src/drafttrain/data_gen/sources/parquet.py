@@ -6,7 +6,8 @@ from typing import Any
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.settings import setting
-from drafttrain.data_gen.sources import Item, RecordSettings, sources, stamps, without_nulls
+from drafttrain.data_gen.record_images import located
+from drafttrain.data_gen.sources import Item, RecordSettings, images_key, sources, stamps, without_nulls
 from drafttrain.data_gen.sources.jsonl import matching
 
 
@@ -23,6 +24,7 @@ class Parquet:
 
     def __init__(self, settings: ParquetSettings) -> None:
         self.path = settings.path
+        self.images = images_key(settings)
 
     def items(self) -> Iterator[Item]:
         """Yield every row."""
@@ -34,14 +36,14 @@ class Parquet:
                 file = pyarrow.parquet.ParquetFile(path)
             except (pyarrow.ArrowInvalid, OSError) as error:
                 raise DataError(f"{path}: not a Parquet file: {error}") from error
-            number = 0
+            number, folder = 0, path.parent.absolute()
             for batch in file.iter_batches():
                 try:
                     rows = batch.to_pylist(maps_as_pydicts="strict")
                 except KeyError as error:
                     raise DataError(f"{path}: from row {number}: a map holds a key twice: {error}") from error
                 for row in rows:
-                    yield Item(f"{path}:{number}", without_nulls(row))
+                    yield Item(f"{path}:{number}", located(without_nulls(row), folder, under=self.images))
                     number += 1
 
     def version(self) -> Any:

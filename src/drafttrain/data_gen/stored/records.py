@@ -108,8 +108,11 @@ def records_of(item: Item, source: Source, encoder: Encoder) -> list[Record]:
         BadItem: It gives none.
     """
     if isinstance(source, RecordSource):
-        return source.records(item, encoder)
-    return encoder.records(item.value, id=content_name(item.value))
+        found = list(source.records(item, encoder))
+    else:
+        found = encoder.records(item.value, id=content_name(item.value))
+    encoder.refuse_lone_image_tokens(found)
+    return found
 
 
 def _name(about: dict[str, Any]) -> str:

@@ -120,10 +120,10 @@ class Eagle1Drafter(EagleDrafter):
         if target is None:
             raise CheckpointError("drafter.kind eagle reads the target's final states, but target.model is null")
         own: dict[str, Any] = {name: getattr(settings, name) for name in OWN}
-        if settings.checkpoint is not None:
-            return cls.load(checkpoint_folder(settings.checkpoint, target, kind=cls.kind), target).trained_as(own)
         if settings.visual:
             own[VISUAL_ID] = _visual_id(target)
+        if settings.checkpoint is not None:
+            return cls.load(checkpoint_folder(settings.checkpoint, target, kind=cls.kind), target).trained_as(own)
         config = {
             "architectures": ["LlamaForCausalLM"],
             **layer_config(
