@@ -60,6 +60,11 @@ def rows(cache: RowCache, record: int) -> dict[str, np.ndarray[Any, Any]]:
     return {name: tensor.numpy() for name, tensor in cache.stored(record, cache.layout.sizes[record]).items()}
 
 
+def whole(text: Sequence[int]) -> Record:
+    """Return a record of a text, all of which is trained."""
+    return Record("a", text, [True] * len(text))
+
+
 def times(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
 
@@ -73,10 +78,10 @@ def test_reading_gives_the_rows_that_each_record_would_have_by_itself(
     assert len(cache.files) > 1
     assert cache.layout.num_rows < sum(map(len, TEXTS))
     for record, text in enumerate(TEXTS):
-        alone, _ = rows_of_texts([text], target, wanted, skipped=[0], read=lambda count: None)
+        alone, _ = rows_of_texts([whole(text)], target, wanted, skipped=[0], read=lambda count: None)
         for name, array in rows(cache, record).items():
             np.testing.assert_allclose(array, alone[name], rtol=1e-4, atol=1e-5)
-    batch, places = pack([Record("a", TEXTS[i], [True] * len(TEXTS[i])) for i in (3, 1)], width=96, weight_of_step=1.0)
+    batch, places = pack([whole(TEXTS[i]) for i in (3, 1)], width=96, weight_of_step=1.0)
     batch = with_stored(batch, places, [(cache, i, len(TEXTS[i])) for i in (3, 1)])
     name = "hidden_1" if wanted is WANTED else "final"
     assert batch.target is not None
@@ -112,7 +117,7 @@ def test_control_a_wrong_common_length_gives_other_rows(
 
     monkeypatch.setattr("drafttrain.data_gen.stored.cache_writer.shared_beginnings", one_too_many)
     cache = built(tmp_path, target)
-    alone, _ = rows_of_texts([TEXTS[3]], target, WANTED, skipped=[0], read=lambda count: None)
+    alone, _ = rows_of_texts([whole(TEXTS[3])], target, WANTED, skipped=[0], read=lambda count: None)
     assert np.abs(rows(cache, 3)["hidden_1"] - alone["hidden_1"]).max() > 0.1
 
 

@@ -49,7 +49,7 @@ def written(folder):
 def test_every_prompt_is_a_question_in_the_targets_template(chat_target, tmp_path):
     found = asked(chat_target, tmp_path / "g")
     assert 0 < len(found) < 48
-    texts = [chat_target.tokenizer.decode(tokens) for _, tokens in found]
+    texts = [chat_target.tokenizer.decode(prompt.tokens) for prompt in found]
     assert all(
         one.startswith("<|im_start|>user\n") and one.endswith("<|im_end|>\n" + "<|im_start|>assistant\n")
         for one in texts

@@ -81,7 +81,7 @@ class Encoder:
             return self._windows(value["text"], id=id, domain=domain)
         rows = [self._seen(*row, images) for row in self.rows(form, value)]
         records = [
-            Record(id if len(rows) == 1 else f"{id}@{i}", self._first(tokens), mask, domain=domain, images=own)
+            Record(id if len(rows) == 1 else f"{id}@{i}", self._first(tokens), mask, domain=domain, images=tuple(own))
             for i, (tokens, whole_mask, own) in enumerate(rows)
             for mask in [whole_mask[: self.max_length]]
             if any(mask[1:])
